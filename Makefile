@@ -1,0 +1,57 @@
+# Every target works from a fresh clone; `make help` lists them.
+PYTHON ?= python3
+# Version of torch to install, from the constraints file unless given: make test TORCH=2.11.0
+TORCH ?= $(shell sed -n 's/^torch==//p' constraints.txt)
+CORES := $(shell getconf _NPROCESSORS_ONLN)
+BIN := .venv/bin
+DEMO := runs/demo
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test lint format types dist bench clean
+
+help: ## list the targets
+	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 16
+
+setup: .venv/ready ## create .venv with the package, its extras and tools, at pinned versions
+
+# Another torch than the pinned one brings its own triton.
+.venv/ready: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	sed "s/^torch==.*/torch==$(TORCH)/" constraints.txt > .venv/constraints.txt
+	test "$(TORCH)" = "$$(sed -n 's/^torch==//p' constraints.txt)" || sed -i.bak "/^triton==/d" .venv/constraints.txt
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint .venv/constraints.txt torch==$(TORCH)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint .venv/constraints.txt --editable '.[dev]'
+	touch $@
+
+demo: .venv/ready ## train, evaluate and sample a small language model on real text, in minutes on a CPU
+	$(BIN)/gdn2 demo --out $(DEMO)
+
+test: .venv/ready lint types ## check style and types, then run the whole test suite
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(CORES) --dist worksteal
+
+lint: .venv/ready ## check style
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+format: .venv/ready ## put the code in style
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+types: .venv/ready ## check types
+	$(BIN)/mypy
+
+dist: .venv/ready ## build wheel and sdist, install each in a clean environment and try it
+	rm -rf dist
+	$(BIN)/python -m build --quiet
+	for file in dist/*.whl dist/*.tar.gz; do \
+		rm -rf .venv/smoke && $(PYTHON) -m venv .venv/smoke && \
+		.venv/smoke/bin/python -m pip install --quiet --disable-pip-version-check --constraint .venv/constraints.txt torch==$(TORCH) $$file && \
+		.venv/smoke/bin/python tests/smoke.py && .venv/smoke/bin/gdn2 --version || exit 1; \
+	done
+	rm -rf .venv/smoke
+
+bench: .venv/ready ## time the operator on this machine's CPU
+	$(BIN)/python benchmarks/cpu_operator.py
+
+clean: ## remove everything that the other targets made
+	rm -rf .venv dist runs corpora .pytest_cache .mypy_cache .ruff_cache

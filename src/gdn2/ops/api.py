@@ -1,0 +1,139 @@
+"""One entry to the operator: arguments checked, backend chosen, called."""
+
+import itertools
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+
+from gdn2.ops import library
+from gdn2.ops.layout import sequence_bounds
+from gdn2.ops.reference import recurrence
+
+BACKENDS = ("auto", "reference", "torch")
+
+_log = logging.getLogger("gdn2")
+_announced: set[str] = set()
+_debug = False
+
+
+@contextmanager
+def debug_checks(enabled: bool = True) -> Iterator[None]:
+    """Within this context the operator also reads its inputs: a log-decay above zero or NaN is a ValueError."""
+    global _debug
+    before, _debug = _debug, enabled
+    try:
+        yield
+    finally:
+        _debug = before
+
+
+def operator(
+    q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None, erase: Tensor | None, write: Tensor | None, *,
+    scale: float | None, initial_state: Tensor | None, output_final_state: bool, cu_seqlens: Tensor | None,
+    backend: str,
+) -> tuple[Tensor, Tensor | None]:  # fmt: skip
+    """The recurrence (9) with any gate left out (None): no decay, no erasing, everything written. See `rules`."""
+    check(q, k, v, log_decay, erase, write, initial_state, cu_seqlens)
+    if backend not in BACKENDS:
+        raise ValueError(f"backend is {backend!r}; expected one of {', '.join(BACKENDS)}")
+    if backend == "auto":
+        backend = "torch"
+        _announce(f"backend 'auto' on {q.device.type}: {backend}")
+    scale = k.shape[-1] ** -0.5 if scale is None else scale
+    if backend == "reference":
+        o, state = _reference(q, k, v, log_decay, erase, write, scale, initial_state, cu_seqlens)
+    else:
+        inputs = (q, k, v, log_decay, erase, write, initial_state)
+        save = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs)
+        o, state, *_ = library.chunk(*inputs, cu_seqlens, scale, save)
+    return o, state if output_final_state else None
+
+
+def _announce(text: str) -> None:
+    if not torch.compiler.is_compiling() and text not in _announced:
+        _announced.add(text)
+        _log.info(text)
+
+
+def _reference(
+    q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None, erase: Tensor | None, write: Tensor | None,
+    scale: float, initial_state: Tensor | None, cu_seqlens: Tensor | None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """`recurrence` over each packed sequence in turn."""
+    bounds = [0, k.shape[1]] if cu_seqlens is None else sequence_bounds(cu_seqlens, k.shape[1]).tolist()
+    outputs, states = [v[:, :0]], [v.new_empty(0, v.shape[2], k.shape[3], v.shape[3])]
+    for n, (begin, end) in enumerate(itertools.pairwise(bounds)):
+
+        def cut(x: Tensor | None, tokens: slice = slice(begin, end)) -> Tensor | None:
+            return None if x is None else x[:, tokens]
+
+        start = initial_state if initial_state is None or cu_seqlens is None else initial_state[n : n + 1]
+        packed = q[:, begin:end], k[:, begin:end], v[:, begin:end]
+        o, state = recurrence(*packed, cut(log_decay), cut(erase), cut(write), scale, start)
+        outputs.append(o)
+        states.append(state)
+    return torch.cat(outputs, dim=1).to(v.dtype), torch.cat(states)
+
+
+def check(
+    q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None, erase: Tensor | None, write: Tensor | None,
+    initial_state: Tensor | None, cu_seqlens: Tensor | None,
+) -> None:  # fmt: skip
+    """ValueError naming the first tensor whose shape, dtype or device does not fit, and what was expected."""
+    for name, main in (("q", q), ("k", k), ("v", v)):
+        if main.dim() != 4:
+            raise ValueError(f"{name} has shape {_show(main)}; expected 4 axes, [B, T, heads, channels]")
+    B, T, H, K = k.shape
+    HV, V = v.shape[2:]
+    if min(H, K, HV, V) < 1:
+        raise ValueError(f"k has shape {_show(k)} and v {_show(v)}; expected at least one head and one channel")
+    if v.shape[:2] != (B, T) or HV % H:
+        raise ValueError(f"v has shape {_show(v)}; expected [{B}, {T}, a multiple of {H}, V] to go with k {_show(k)}")
+    expected: dict[str, tuple[Tensor | None, tuple[int, ...], int]] = {
+        "q": (q, (K,), H),
+        "log_decay": (log_decay, (K, 1), H),
+        "erase": (erase, (K, 1), H),
+        "write": (write, (V, 1), HV),
+    }
+    for name, (x, widths, heads) in expected.items():
+        if x is not None and not (x.dim() == 4 and x.shape[:3] == (B, T, heads) and x.shape[3] in widths):
+            last = " or ".join(str(w) for w in dict.fromkeys(widths))
+            raise ValueError(f"{name} has shape {_show(x)}; expected [{B}, {T}, {heads}, {last}]")
+    _check_sequences(B, T, cu_seqlens, initial_state, (HV, K, V))
+    floats = {name: x for name, (x, _, _) in expected.items()} | {"k": k, "v": v, "initial_state": initial_state}
+    for name, x in floats.items():
+        if x is None:
+            continue
+        if not x.is_floating_point():
+            raise ValueError(f"{name} has dtype {x.dtype}; expected a floating-point dtype")
+        if (x.dtype == torch.float64) != (v.dtype == torch.float64):
+            raise ValueError(
+                f"{name} has dtype {x.dtype} and v {v.dtype}; expected float64 for all tensors or for none"
+            )
+        if x.device != v.device:
+            raise ValueError(f"{name} is on {x.device}; expected {v.device}, the device of v")
+    if _debug and log_decay is not None and not bool((log_decay <= 0).all()):
+        worst = log_decay.detach().flatten()[(~(log_decay <= 0)).flatten().nonzero()[0]].item()
+        raise ValueError(f"log_decay holds {worst}; expected nats <= 0 everywhere")
+
+
+def _check_sequences(
+    B: int, T: int, cu_seqlens: Tensor | None, initial_state: Tensor | None, state: tuple[int, int, int]
+) -> None:
+    N = B
+    if cu_seqlens is not None:
+        if cu_seqlens.dim() != 1 or len(cu_seqlens) < 1 or cu_seqlens.dtype not in (torch.int32, torch.int64):
+            found = f"cu_seqlens has shape {_show(cu_seqlens)} and dtype {cu_seqlens.dtype}"
+            raise ValueError(f"{found}; expected [N + 1], int32 or int64")
+        if B != 1:
+            raise ValueError(f"cu_seqlens packs sequences into one row, but B is {B}; expected B = 1")
+        N = len(cu_seqlens) - 1
+    if initial_state is not None and initial_state.shape != (N, *state):
+        raise ValueError(f"initial_state has shape {_show(initial_state)}; expected {[N, *state]}")
+
+
+def _show(x: Tensor) -> list[int]:
+    return list(x.shape)
