@@ -53,3 +53,13 @@ def test_outputs_carry_gradients_for_any_single_input():
         (gradient,) = torch.autograd.grad(o.sum() + state.sum(), getattr(x, name))
         assert gradient.shape == getattr(x, name).shape
         assert bool(gradient.any())
+
+
+def test_autocast_changes_nothing():
+    operands = draw(T=70).to(torch.float32)
+    plain = results(operands, gated_delta_rule_2)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert_close(results(operands, gated_delta_rule_2), plain, 0)
+        o, state = operands.call(gated_delta_rule_2, backend="reference")
+    # The reference's own gradients are torch's, which autocast rounds when backward runs inside it.
+    assert_close({"o": o, "state": state}, {"o": plain["o"], "state": plain["state"]}, 1e-6)

@@ -58,6 +58,7 @@ def _announce(text: str) -> None:
         _log.info(text)
 
 
+@library.without_autocast
 def _reference(
     q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None, erase: Tensor | None, write: Tensor | None,
     scale: float, initial_state: Tensor | None, cu_seqlens: Tensor | None,

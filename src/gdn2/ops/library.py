@@ -4,7 +4,9 @@ The chunkwise backward is an op of its own. A gradient that is not there (no suc
 returns a fixed number of tensors.
 """
 
-from typing import Any
+import functools
+from collections.abc import Callable
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
@@ -14,6 +16,9 @@ from gdn2.ops.layout import ChunkLayout
 from gdn2.ops.reference import recurrence
 
 CHUNK = 64
+
+P = ParamSpec("P")
+R = TypeVar("R")
 
 
 def chunk_size(T: int) -> int:
@@ -39,7 +44,20 @@ def _new(like: Tensor, shape: list[int]) -> Tensor:
     return like.new_empty(shape, dtype=torch.promote_types(like.dtype, torch.float32))
 
 
+def without_autocast(function: Callable[P, R]) -> Callable[P, R]:
+    """Run an op's body in the dtypes it chose: autocast would reach into it and round the state and the sums."""
+
+    @functools.wraps(function)
+    def body(*args: P.args, **kwargs: P.kwargs) -> R:
+        device = next(x for x in args if isinstance(x, Tensor)).device.type
+        with torch.autocast(device, enabled=False):
+            return function(*args, **kwargs)
+
+    return body
+
+
 @torch.library.custom_op("gdn2::chunk", mutates_args=())
+@without_autocast
 def chunk(
     q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None, erase: Tensor | None, write: Tensor | None,
     initial_state: Tensor | None, cu_seqlens: Tensor | None, scale: float, save: bool,
@@ -70,6 +88,7 @@ def _(
 
 
 @torch.library.custom_op("gdn2::chunk_backward", mutates_args=())
+@without_autocast
 def chunk_backward(
     do: Tensor, d_final: Tensor, q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None, erase: Tensor | None,
     write: Tensor | None, cu_seqlens: Tensor | None, scale: float, S: Tensor, A: Tensor, A_qk: Tensor,

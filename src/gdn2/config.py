@@ -1,0 +1,273 @@
+"""Typed configuration: frozen dataclasses, YAML files and dotted overrides; every check is here, once.
+
+`build` turns a plain mapping into a dataclass and refuses unknown keys, wrong types and values out of range with the
+full dotted name of the offender. `load_run` reads a YAML file, applies ``key.sub=value`` overrides and builds a
+`RunConfig`. Nothing reads configuration from the environment.
+"""
+
+import dataclasses
+import re
+import types
+import typing
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+MIXERS = ("gdn2",)
+BLOCKS = ("mixer", "attention")
+
+
+class ConfigError(ValueError):
+    """A configuration that cannot be used; the message names the key, its value and what was expected."""
+
+
+def opt(default: Any, doc: str) -> Any:
+    """A dataclass field with its documentation beside it."""
+    return field(default=default, metadata={"doc": doc})
+
+
+def require(ok: bool, key: str, value: object, expected: str) -> None:
+    if not ok:
+        raise ConfigError(f"{key} is {value!r}; expected {expected}")
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """A language model: `cell` is repeated until `num_layers` blocks (token mixer + MLP) are laid down."""
+
+    vocab_size: int = opt(32_000, "size of the vocabulary, tokens")
+    d_model: int = opt(2_304, "width of the residual stream")
+    num_layers: int = opt(18, "number of blocks; each is a token mixer and an MLP")
+    mlp_width: int = opt(6_208, "hidden width of the SwiGLU MLP")
+    mixer: str = opt("gdn2", f"token mixer of the 'mixer' blocks, one of {', '.join(MIXERS)}")
+    cell: tuple[str, ...] = opt(("mixer",), "repeating pattern of blocks, each 'mixer' or 'attention'")
+    num_heads: int = opt(16, "key heads of the mixer")
+    num_value_heads: int | None = opt(None, "value heads of the mixer, a multiple of num_heads; null means num_heads")
+    key_dim: int = opt(128, "key channels per head")
+    value_dim: int = opt(128, "value channels per head")
+    conv_width: int = opt(4, "taps of the causal short convolution, tokens")
+    negative_eigenvalues: bool = opt(False, "double the erase gate, so that it lies in [0, 2]")
+    attention_heads: int = opt(18, "heads of the sliding-window attention; head size is d_model / attention_heads")
+    window: int | None = opt(2_048, "keys each query attends to, itself included; null means full causal attention")
+    rope_base: float = opt(10_000.0, "base of the rotary position frequencies")
+    norm_eps: float = opt(1e-5, "epsilon of every RMSNorm")
+    tie_embeddings: bool = opt(False, "share the embedding with the output head")
+
+    def __post_init__(self) -> None:
+        for name in ("vocab_size", "d_model", "num_layers", "mlp_width", "num_heads", "key_dim", "value_dim",
+                     "conv_width", "attention_heads"):  # fmt: skip
+            require(getattr(self, name) >= 1, f"model.{name}", getattr(self, name), "an integer >= 1")
+        require(self.mixer in MIXERS, "model.mixer", self.mixer, f"one of {', '.join(MIXERS)}")
+        require(
+            len(self.cell) > 0 and all(b in BLOCKS for b in self.cell),
+            "model.cell", self.cell, f"a non-empty list of {' or '.join(BLOCKS)}",
+        )  # fmt: skip
+        if self.num_value_heads is not None:
+            require(
+                self.num_value_heads >= 1 and self.num_value_heads % self.num_heads == 0,
+                "model.num_value_heads", self.num_value_heads, f"a multiple of num_heads ({self.num_heads})",
+            )  # fmt: skip
+        if "attention" in self.cell:
+            require(
+                self.d_model % self.attention_heads == 0 and (self.d_model // self.attention_heads) % 2 == 0,
+                "model.attention_heads", self.attention_heads,
+                f"a divisor of d_model ({self.d_model}) that leaves an even head size",
+            )  # fmt: skip
+        require(self.window is None or self.window >= 1, "model.window", self.window, "an integer >= 1, or null")
+        require(self.rope_base > 1, "model.rope_base", self.rope_base, "a number > 1")
+        require(self.norm_eps > 0, "model.norm_eps", self.norm_eps, "a number > 0")
+
+    @property
+    def layer_kinds(self) -> tuple[str, ...]:
+        """The kind of each block, 'mixer' or 'attention', first to last."""
+        return tuple(self.cell[i % len(self.cell)] for i in range(self.num_layers))
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Where the tokens come from (a folder written by `gdn2 prepare`) and how they are cut."""
+
+    path: str = opt("corpora/stdlib", "folder of token shards written by `gdn2 prepare`")
+    seq_len: int = opt(512, "tokens per training sequence")
+    packed: bool = opt(False, "honour document boundaries: state, convolution and attention restart at each document")
+
+    def __post_init__(self) -> None:
+        require(self.seq_len >= 1, "data.seq_len", self.seq_len, "an integer >= 1")
+
+
+@dataclass(frozen=True)
+class OptimConfig:
+    """AdamW, its groups and its schedule. Lengths of the schedule are in tokens."""
+
+    lr: float = opt(4e-4, "peak learning rate")
+    min_lr_ratio: float = opt(0.1, "last learning rate as a share of the peak")
+    schedule: str = opt("cosine", "'cosine', 'wsd' (warm-up, stable, linear decay) or 'constant' (after the warm-up)")
+    warmup_tokens: int = opt(0, "tokens of linear warm-up")
+    decay_tokens: int = opt(0, "wsd: tokens of the final decay")
+    betas: tuple[float, float] = opt((0.9, 0.95), "AdamW's moment decays")
+    eps: float = opt(1e-8, "AdamW's epsilon")
+    weight_decay: float = opt(0.1, "decay of matrices (embeddings too); vectors and the decay gates' own take none")
+    clip: float = opt(1.0, "largest gradient norm; 0 turns clipping off")
+
+    def __post_init__(self) -> None:
+        require(self.lr > 0, "optim.lr", self.lr, "a number > 0")
+        require(0 <= self.min_lr_ratio <= 1, "optim.min_lr_ratio", self.min_lr_ratio, "a number in [0, 1]")
+        require(
+            self.schedule in ("cosine", "wsd", "constant"), "optim.schedule", self.schedule, "cosine, wsd or constant"
+        )
+        for name in ("warmup_tokens", "decay_tokens", "weight_decay", "clip"):
+            require(getattr(self, name) >= 0, f"optim.{name}", getattr(self, name), "a number >= 0")
+        require(all(0 <= b < 1 for b in self.betas), "optim.betas", self.betas, "two numbers in [0, 1)")
+        require(self.eps > 0, "optim.eps", self.eps, "a number > 0")
+        require(self.decay_tokens == 0 or self.schedule == "wsd", "optim.decay_tokens", self.decay_tokens,
+                f"0 with the schedule {self.schedule}; only wsd has a decay of its own")  # fmt: skip
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """The loop: how long, how much at once, what is looked at and what is kept."""
+
+    tokens: int = opt(2_000_000, "tokens to train on, rounded up to whole steps")
+    batch_tokens: int = opt(8_192, "tokens per optimizer step, a multiple of micro_batch * seq_len")
+    micro_batch: int = opt(16, "sequences per forward and backward pass; the rest of the batch is accumulated")
+    device: str = opt("auto", "'auto' (cuda when present, else cpu), 'cpu', 'cuda' or 'cuda:N'")
+    precision: str = opt("auto", "'auto' (bf16 on cuda, else fp32), 'fp32' or 'bf16' (autocast; weights stay fp32)")
+    compile: bool = opt(False, "torch.compile each block")
+    eval_every: int = opt(100, "steps between validations; 0 only validates at the end")
+    eval_tokens: int = opt(65_536, "validation tokens per evaluation")
+    sample_every: int = opt(0, "steps between sampled continuations; 0 turns them off")
+    sample_tokens: int = opt(128, "tokens of a sampled continuation")
+    log_every: int = opt(10, "steps between metric rows")
+    checkpoint_every: int = opt(200, "steps between checkpoints; one is always written at the end")
+    keep_last: int = opt(2, "checkpoints kept; older ones are deleted after a newer one is safe")
+    max_bad_steps: int = opt(10, "non-finite steps in a row after which training stops with an error")
+
+    def __post_init__(self) -> None:
+        for name in ("tokens", "batch_tokens", "micro_batch", "eval_tokens", "log_every", "keep_last", "max_bad_steps"):
+            require(getattr(self, name) >= 1, f"train.{name}", getattr(self, name), "an integer >= 1")
+        for name in ("eval_every", "sample_every", "sample_tokens", "checkpoint_every"):
+            require(getattr(self, name) >= 0, f"train.{name}", getattr(self, name), "an integer >= 0")
+        require(re.fullmatch(r"auto|cpu|cuda(:\d+)?", self.device) is not None,
+                "train.device", self.device, "auto, cpu, cuda or cuda:N")  # fmt: skip
+        require(self.precision in ("auto", "fp32", "bf16"), "train.precision", self.precision, "auto, fp32 or bf16")
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """Everything a training run depends on. `gdn2 train` writes it into the run's folder."""
+
+    model: ModelConfig = field(default_factory=ModelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    seed: int = opt(0, "seed of initialisation, data order and sampling")
+
+    def __post_init__(self) -> None:
+        sequences = self.train.micro_batch * self.data.seq_len
+        require(
+            self.train.batch_tokens % sequences == 0,
+            "train.batch_tokens", self.train.batch_tokens,
+            f"a multiple of train.micro_batch * data.seq_len ({self.train.micro_batch} * {self.data.seq_len})",
+        )  # fmt: skip
+        total = self.steps * self.train.batch_tokens
+        require(self.optim.warmup_tokens < total, "optim.warmup_tokens", self.optim.warmup_tokens,
+                f"fewer than the run's {total} tokens")  # fmt: skip
+        stable = total - self.optim.warmup_tokens
+        require(self.optim.decay_tokens <= stable, "optim.decay_tokens", self.optim.decay_tokens,
+                f"no more than the {stable} tokens after the warm-up")  # fmt: skip
+        require(0 <= self.seed < 2**63, "seed", self.seed, "an integer in [0, 2**63)")
+
+    @property
+    def steps(self) -> int:
+        """Optimizer steps of the whole run."""
+        return -(-self.train.tokens // self.train.batch_tokens)
+
+
+def build(cls: type, values: Mapping[str, Any], prefix: str = "") -> Any:
+    """Build dataclass `cls` from a mapping. ConfigError for a key it does not have or a value of the wrong type."""
+    if not isinstance(values, Mapping):
+        raise ConfigError(f"{prefix.rstrip('.') or cls.__name__} is {values!r}; expected a mapping of keys to values")
+    hints = typing.get_type_hints(cls)
+    unknown = sorted(set(values) - set(hints))
+    if unknown:
+        raise ConfigError(f"unknown key {prefix}{unknown[0]}; expected one of {', '.join(sorted(hints))}")
+    return cls(**{key: _coerce(hints[key], value, prefix + key) for key, value in values.items()})
+
+
+def _coerce(hint: Any, value: Any, key: str) -> Any:
+    """`value` as the annotated type `hint`, without guessing: 1 is a float, "1" and True are not an int."""
+    origin, args = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (types.UnionType, typing.Union):
+        if value is None and type(None) in args:
+            return None
+        return _coerce(next(a for a in args if a is not type(None)), value, key)
+    if dataclasses.is_dataclass(hint) and isinstance(hint, type):
+        return build(hint, value, key + ".")
+    if origin is tuple:
+        require(isinstance(value, list | tuple), key, value, "a list")
+        items = args if args[-1] is not Ellipsis else (args[0],) * len(value)
+        require(len(items) == len(value), key, value, f"a list of {len(items)} values")
+        return tuple(_coerce(a, v, f"{key}[{i}]") for i, (a, v) in enumerate(zip(items, value)))
+    if hint in (int, float) and isinstance(value, str) and re.fullmatch(r"[+-]?\d+\.?\d*[eE][+-]?\d+", value):
+        value = float(value)  # YAML 1.1 reads 1e-3 as text
+    if hint is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if hint is int and isinstance(value, float) and value.is_integer():
+        return int(value)
+    require(isinstance(value, hint) and not (hint is int and isinstance(value, bool)), key, value, hint.__name__)
+    return value
+
+
+def override(values: dict[str, Any], assignments: Sequence[str]) -> dict[str, Any]:
+    """Apply ``a.b=value`` assignments, values in YAML, to a nested mapping; returns a new mapping."""
+    out = {k: dict(v) if isinstance(v, dict) else v for k, v in values.items()}
+    for text in assignments:
+        key, equals, raw = text.partition("=")
+        if not equals or not key:
+            raise ConfigError(f"override {text!r}; expected key.sub=value")
+        node = out
+        *parents, last = key.split(".")
+        for parent in parents:
+            child = node.setdefault(parent, {})
+            if not isinstance(child, dict):
+                raise ConfigError(f"override {text!r}: {parent} holds a value, not keys")
+            node = child
+        node[last] = yaml.safe_load(raw)
+    return out
+
+
+def load_run(path: str | Path | None, assignments: Sequence[str], preset: Callable[[str], ModelConfig]) -> RunConfig:
+    """A `RunConfig` from a YAML file (or the defaults) and overrides.
+
+    The key `preset` names the model that the keys under `model` then change. ConfigError for what does not fit.
+    """
+    values: Any = {}
+    if path is not None:
+        try:
+            values = yaml.safe_load(Path(path).read_text(encoding="utf-8")) or {}
+        except OSError as error:
+            raise ConfigError(f"configuration {str(path)!r} cannot be read: {error.strerror}") from error
+        except yaml.YAMLError as error:
+            raise ConfigError(f"configuration {str(path)!r} is not YAML: {error}") from error
+        if not isinstance(values, dict):
+            raise ConfigError(f"configuration {str(path)!r} holds {type(values).__name__}; expected keys and values")
+    values = override(values, assignments)
+    name = values.pop("preset", None)
+    if name is not None:
+        require(isinstance(name, str), "preset", name, "the name of a model preset")
+        values["model"] = to_dict(preset(name)) | (values.get("model") or {})
+    return build(RunConfig, values)
+
+
+def to_dict(config: Any) -> dict[str, Any]:
+    """A configuration as plain values that YAML and JSON can hold; `build` inverts it."""
+
+    def plain(x: Any) -> Any:
+        if isinstance(x, dict):
+            return {k: plain(v) for k, v in x.items()}
+        return [plain(v) for v in x] if isinstance(x, list | tuple) else x
+
+    return plain(dataclasses.asdict(config))

@@ -1,0 +1,256 @@
+"""Sliding-window attention with rotary positions.
+
+Two forms of the same thing. *Masked*: every query against every key, under a boolean mask. *Blocked*, for sequences of
+many windows: with queries in blocks of W, all keys a query may see lie in its own block and the one before, so that
+memory and work grow linearly with the sequence.
+"""
+
+import math
+from itertools import pairwise
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from gdn2.layers.linear import Linear, at_least_float32
+from gdn2.layers.state import AttentionState, count_sequences
+from gdn2.ops.short_conv import sequence_of_token
+
+
+class SlidingWindowAttention(nn.Module):
+    """Multi-head softmax attention over the last `window` tokens, the token itself included; no biases.
+
+    Args:
+        d_model: width of the input and output.
+        num_heads: heads; d_model / num_heads channels each, an even number, all of them rotated.
+        window: keys each query sees, W; None means all of them, with a state that grows.
+        rope_base: base of the rotary frequencies.
+
+    Raises:
+        ValueError: num_heads does not divide d_model into even heads, or window is below 1.
+    """
+
+    def __init__(self, d_model: int, num_heads: int, window: int | None = None, rope_base: float = 10_000.0) -> None:
+        super().__init__()
+        if num_heads < 1 or d_model % (2 * num_heads) != 0:
+            raise ValueError(f"num_heads is {num_heads}; expected a divisor of d_model ({d_model}) into even heads")
+        if window is not None and window < 1:
+            raise ValueError(f"window is {window}; expected at least 1, or None")
+        self.d_model, self.num_heads, self.head_dim = d_model, num_heads, d_model // num_heads
+        self.window, self.rope_base = window, rope_base
+        self.q_proj = Linear(d_model, d_model, bias=False)
+        self.k_proj = Linear(d_model, d_model, bias=False)
+        self.v_proj = Linear(d_model, d_model, bias=False)
+        self.out_proj = Linear(d_model, d_model, bias=False)
+
+    def initial_state(
+        self, batch: int, device: torch.device | str | None = None, dtype: torch.dtype | None = None
+    ) -> AttentionState:
+        """The state before the first token. Device and dtype default to the weights'."""
+        weight = self.q_proj.weight
+        device, dtype = device or weight.device, dtype or weight.dtype
+        shape = (batch, self.window or 0, self.num_heads, self.head_dim)
+        return AttentionState(
+            torch.zeros(shape, device=device, dtype=dtype),
+            torch.zeros(shape, device=device, dtype=dtype),
+            torch.zeros(batch, device=device, dtype=torch.int64),
+        )
+
+    def forward(
+        self,
+        x: Tensor,
+        state: AttentionState | None = None,
+        cu_seqlens: Tensor | None = None,
+        output_state: bool = True,
+    ) -> tuple[Tensor, AttentionState | None]:
+        """Attend within each sequence. Arguments, results and errors as for `GatedDeltaNet2.forward`."""
+        N = count_sequences(x, self.d_model, cu_seqlens)
+        if state is not None:
+            self._check_state(state, N)
+        if cu_seqlens is not None and (state is not None or self.window is None):
+            return self._one_by_one(x, state, cu_seqlens, output_state)
+        T = x.shape[1]
+        if cu_seqlens is None:
+            starts, lengths = torch.arange(N, device=x.device) * T, torch.full((N,), T, device=x.device)
+            document = None
+            positions = torch.arange(T, device=x.device)[None]
+            if state is not None:
+                positions = positions + state.position[:, None]
+        else:
+            starts, lengths = cu_seqlens[:-1].long(), cu_seqlens.diff().long()
+            document = sequence_of_token(cu_seqlens, T)
+            positions = (torch.arange(T, device=x.device) - starts[document])[None]
+        heads = (self.num_heads, self.head_dim)
+        angles = rotary_angles(positions, self.head_dim, self.rope_base)
+        q = rotate(self.q_proj(x).unflatten(-1, heads), angles)
+        k = rotate(self.k_proj(x).unflatten(-1, heads), angles)
+        v = self.v_proj(x).unflatten(-1, heads)
+        if state is not None:
+            state = state._replace(keys=state.keys.to(k.dtype), values=state.values.to(v.dtype))
+
+        if state is None and document is None and (self.window is None or self.window >= T):
+            o = _sdpa(q, k, v, None, is_causal=True)
+        elif self.window is not None and 2 * self.window < T:
+            o = _blocked(q, k, v, positions, document, state, self.window)
+        else:
+            o = _masked(q, k, v, positions, document, state, self.window)
+        y = self.out_proj(o.flatten(-2))
+        if not output_state:
+            return y, None
+        before = self.initial_state(N, x.device, k.dtype) if state is None else state
+        capacity = before.keys.shape[1] + T if self.window is None else self.window
+        return y, _remember(before, k, v, starts, lengths, capacity)
+
+    def _one_by_one(
+        self, x: Tensor, state: AttentionState | None, cu_seqlens: Tensor, output_state: bool
+    ) -> tuple[Tensor, AttentionState | None]:
+        """Packed sequences that continue, or that look back without limit: each by itself."""
+        cuts = cu_seqlens.tolist()
+        outputs, states = [], []
+        for n, (start, end) in enumerate(pairwise(cuts)):
+            row = None if state is None else AttentionState(*(t[n : n + 1] for t in state))
+            y, after = self(x[:, start:end], row, output_state=output_state)
+            outputs.append(y)
+            states.append(after)
+        if not output_state:
+            return torch.cat(outputs, dim=1), None
+        capacity = max(s.keys.shape[1] for s in states)
+        parts = zip(*(_grown(s, capacity) for s in states))
+        return torch.cat(outputs, dim=1), AttentionState(*(torch.cat(part) for part in parts))
+
+    def _check_state(self, state: AttentionState, N: int) -> None:
+        slots = state.keys.shape[1] if self.window is None else self.window
+        expected = (N, slots, self.num_heads, self.head_dim)
+        if state.keys.shape != expected or state.values.shape != expected or state.position.shape != (N,):
+            raise ValueError(
+                f"state has keys {list(state.keys.shape)}, values {list(state.values.shape)} and position "
+                f"{list(state.position.shape)}; expected {list(expected)}, the same and [{N}]"
+            )
+
+
+def rotary_angles(positions: Tensor, head_dim: int, base: float) -> Tensor:
+    """positions [B, T] -> angles [B, T, head_dim / 2] float32 in [0, 2 pi): position * base^(-2i / head_dim).
+
+    The product and its remainder are taken in float64: in float32 the angle at position 1,000,000 would be off by 0.03.
+    """
+    exponent = torch.arange(0, head_dim, 2, device=positions.device, dtype=torch.float64) / head_dim
+    return (positions[..., None] * base**-exponent).remainder(2 * math.pi).float()
+
+
+def rotate(x: Tensor, angles: Tensor) -> Tensor:
+    """Rotate channel i with channel i + head_dim / 2; x [B, T, heads, head_dim], angles [B or 1, T, head_dim / 2]."""
+    wide = at_least_float32(x)
+    cos, sin = angles.cos()[:, :, None], angles.sin()[:, :, None]
+    a, b = wide.chunk(2, dim=-1)
+    return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1).to(x.dtype)
+
+
+def _sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, is_causal: bool = False) -> Tensor:
+    """q, k, v [B, T, heads, head_dim]; mask [B or 1, queries, keys], true where a query sees a key."""
+    mask = None if mask is None else mask[:, None]
+    o = F.scaled_dot_product_attention(
+        q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), attn_mask=mask, is_causal=is_causal
+    )
+    return o.transpose(1, 2)
+
+
+def _newest(end: Tensor, slots: int) -> Tensor:
+    """[N, slots]: the newest position below `end` [N] that falls in each slot; negative where none has."""
+    slot = torch.arange(slots, device=end.device)
+    return end[:, None] - 1 - (end[:, None] - 1 - slot) % max(slots, 1)
+
+
+def _sees(query: Tensor, key: Tensor, window: int | None) -> Tensor:
+    """Positions of queries [..., Tq] and keys [..., Tk] (negative: an empty slot) -> mask [..., Tq, Tk]."""
+    distance = query[..., :, None] - key[..., None, :]
+    mask = (distance >= 0) & (key >= 0)[..., None, :]
+    return mask if window is None else mask & (distance < window)
+
+
+def _masked(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    positions: Tensor,
+    document: Tensor | None,
+    state: AttentionState | None,
+    window: int | None,
+) -> Tensor:
+    """All queries against all keys: the state's, then the segment's own."""
+    key_positions = positions
+    if state is not None:
+        key_positions = torch.cat([_newest(state.position, state.keys.shape[1]), positions], dim=1)
+        k, v = torch.cat([state.keys, k], dim=1), torch.cat([state.values, v], dim=1)
+    mask = _sees(positions, key_positions, window)
+    if document is not None:
+        mask = mask & (document[:, None] == document)
+    return _sdpa(q, k, v, mask)
+
+
+def _blocked(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    positions: Tensor,
+    document: Tensor | None,
+    state: AttentionState | None,
+    W: int,
+) -> Tensor:
+    """Queries in blocks of W against the keys of the block before and their own.
+
+    The state's keys, oldest first, are the block before the first. The last block is filled up with tokens at a
+    position so late that no real query sees them, while they see themselves: a softmax over nothing would be NaN.
+    """
+    B, T = q.shape[:2]
+    fill = -T % W
+    late = torch.iinfo(torch.int64).max // 2
+
+    def blocks(x: Tensor, value: int = 0) -> Tensor:
+        x = F.pad(x, (0, 0) * (x.ndim - 2) + (0, fill), value=value)
+        return x.unflatten(1, (-1, W))
+
+    def with_previous(first: Tensor, x: Tensor, value: int = 0) -> Tensor:
+        own = blocks(x, value)
+        return torch.cat([torch.cat([first[:, None], own[:, :-1]], dim=1), own], dim=2)
+
+    if state is None:
+        before = k.new_zeros(B, W, *k.shape[2:])
+        key_blocks, value_blocks = with_previous(before, k), with_previous(before, v)
+        past = positions.new_full((positions.shape[0], W), -1)
+    else:
+        order = (state.position[:, None] + torch.arange(W, device=q.device)) % W
+        row = torch.arange(B, device=q.device)[:, None]
+        key_blocks, value_blocks = with_previous(state.keys[row, order], k), with_previous(state.values[row, order], v)
+        past = _newest(state.position, W)[row, order]
+    mask = _sees(blocks(positions, late), with_previous(past, positions, late), W)
+    if document is not None:
+        own = document[None]
+        mask = mask & (blocks(own)[..., :, None] == with_previous(torch.full_like(past, -1), own)[..., None, :])
+    mask = mask.expand(B, *mask.shape[1:]).flatten(0, 1)
+    o = _sdpa(blocks(q).flatten(0, 1), key_blocks.flatten(0, 1), value_blocks.flatten(0, 1), mask)
+    return o.unflatten(0, (B, -1)).flatten(1, 2)[:, :T]
+
+
+def _grown(state: AttentionState, capacity: int) -> AttentionState:
+    """The state with empty slots added up to `capacity`; for full attention, where a slot is a position."""
+    more = (0, 0, 0, 0, 0, capacity - state.keys.shape[1])
+    return state._replace(keys=F.pad(state.keys, more), values=F.pad(state.values, more))
+
+
+def _remember(
+    before: AttentionState, k: Tensor, v: Tensor, starts: Tensor, lengths: Tensor, capacity: int
+) -> AttentionState:
+    """The state after a segment. Sequence n owns tokens starts[n] : starts[n] + lengths[n] of k and v, flattened."""
+    if capacity > before.keys.shape[1]:
+        before = _grown(before, capacity)
+    N = starts.shape[0]
+    position = before.position[:, None]
+    end = before.position + lengths
+    newest = _newest(end, capacity)
+    old = torch.arange(N * capacity, device=k.device).view(N, capacity)
+    row = torch.where(newest >= position, N * capacity + starts[:, None] + newest - position, old)
+
+    def gather(old: Tensor, new: Tensor) -> Tensor:
+        return torch.cat([old.flatten(0, 1), new.flatten(0, 1)])[row]
+
+    return AttentionState(gather(before.keys, k), gather(before.values, v), end)

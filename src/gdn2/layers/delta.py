@@ -1,0 +1,131 @@
+"""The token mixer of Gated DeltaNet-2 (Figure 1, right)."""
+
+import torch
+from torch import Tensor, nn
+
+from gdn2.layers.gates import ChannelGates
+from gdn2.layers.linear import Linear, low_rank
+from gdn2.layers.norm import GatedRMSNorm, l2_norm
+from gdn2.layers.state import DeltaState, count_sequences
+from gdn2.ops import gated_delta_rule_2
+from gdn2.ops.short_conv import short_conv
+
+
+class GatedDeltaNet2(nn.Module):
+    """Linear attention whose memory erases and writes through separate channel-wise gates.
+
+    q, k and v are projected, convolved over a few tokens and passed through SiLU; q and k have length 1 per head; the
+    operator reads and updates the memory; its output is normalised per value head and gated.
+
+    Args:
+        d_model: width of the input and output.
+        num_heads: key heads H. num_value_heads: value heads HV, a multiple of H (default H); value head j uses the
+            query, key, decay and erase gate of key head j // (HV // H).
+        key_dim, value_dim: channels per head, K and V. The memory of a value head is a [K, V] matrix.
+        conv_width: taps of the short convolution, in tokens.
+        negative_eigenvalues: let the erase gate reach 2, so that the transition can reflect as well as shrink.
+        norm_eps: epsilon of the output norm.
+
+    Raises:
+        ValueError: num_value_heads is not a multiple of num_heads, or a size is below 1.
+    """
+
+    def __init__(
+        self,
+        d_model: int,
+        num_heads: int,
+        num_value_heads: int | None = None,
+        key_dim: int = 128,
+        value_dim: int = 128,
+        conv_width: int = 4,
+        negative_eigenvalues: bool = False,
+        norm_eps: float = 1e-5,
+    ) -> None:
+        super().__init__()
+        num_value_heads = num_heads if num_value_heads is None else num_value_heads
+        sizes = {"d_model": d_model, "num_heads": num_heads, "num_value_heads": num_value_heads, "key_dim": key_dim,
+                 "value_dim": value_dim, "conv_width": conv_width}  # fmt: skip
+        for name, size in sizes.items():
+            if size < 1:
+                raise ValueError(f"{name} is {size}; expected at least 1")
+        if num_value_heads % num_heads != 0:
+            raise ValueError(f"num_value_heads is {num_value_heads}; expected a multiple of num_heads ({num_heads})")
+        self.d_model, self.num_heads, self.num_value_heads = d_model, num_heads, num_value_heads
+        self.key_dim, self.value_dim, self.conv_width = key_dim, value_dim, conv_width
+        keys, values = num_heads * key_dim, num_value_heads * value_dim
+        self.q_proj = Linear(d_model, keys, bias=False)
+        self.k_proj = Linear(d_model, keys, bias=False)
+        self.v_proj = Linear(d_model, values, bias=False)
+        self.conv_q = nn.Parameter(torch.empty(keys, conv_width))
+        self.conv_k = nn.Parameter(torch.empty(keys, conv_width))
+        self.conv_v = nn.Parameter(torch.empty(values, conv_width))
+        self.gates = ChannelGates(d_model, num_heads, num_value_heads, key_dim, value_dim, negative_eigenvalues)
+        self.output_gate = low_rank(d_model, value_dim, values, bias=True)
+        self.norm = GatedRMSNorm(value_dim, norm_eps)
+        self.out_proj = Linear(values, d_model, bias=False)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Convolutions start as torch's own do, uniform within 1 / sqrt(taps); the parts initialise themselves."""
+        bound = self.conv_width**-0.5
+        for weight in (self.conv_q, self.conv_k, self.conv_v):
+            nn.init.uniform_(weight, -bound, bound)
+
+    def initial_state(
+        self, batch: int, device: torch.device | str | None = None, dtype: torch.dtype | None = None
+    ) -> DeltaState:
+        """The state before the first token: zeros. Device and (the tails') dtype default to those of the weights."""
+        weight = self.q_proj.weight
+        device, dtype = device or weight.device, dtype or weight.dtype
+        keys, values = self.num_heads * self.key_dim, self.num_value_heads * self.value_dim
+
+        def zeros(*shape: int, dtype: torch.dtype = dtype) -> Tensor:
+            return torch.zeros(batch, *shape, device=device, dtype=dtype)
+
+        past = self.conv_width - 1
+        memory = zeros(
+            self.num_value_heads, self.key_dim, self.value_dim, dtype=torch.promote_types(dtype, torch.float32)
+        )
+        return DeltaState(zeros(past, keys), zeros(past, keys), zeros(past, values), memory)
+
+    def forward(
+        self,
+        x: Tensor,
+        state: DeltaState | None = None,
+        cu_seqlens: Tensor | None = None,
+        output_state: bool = True,
+    ) -> tuple[Tensor, DeltaState | None]:
+        """Mix the tokens of each sequence.
+
+        Args:
+            x: [B, T, d_model].
+            state: one row per sequence, what an earlier call returned; None starts afresh.
+            cu_seqlens: [N + 1] token offsets that pack N sequences into B = 1.
+            output_state: without it the returned state is None, and its cost is saved.
+
+        Returns:
+            y [B, T, d_model] and the state after the last token of each sequence.
+
+        Raises:
+            ValueError: shapes that do not fit.
+        """
+        count_sequences(x, self.d_model, cu_seqlens)
+        tails = (None, None, None) if state is None else state[:3]
+        q, conv_q = short_conv(self.q_proj(x), self.conv_q, tails[0], cu_seqlens)
+        k, conv_k = short_conv(self.k_proj(x), self.conv_k, tails[1], cu_seqlens)
+        v, conv_v = short_conv(self.v_proj(x), self.conv_v, tails[2], cu_seqlens)
+        log_decay, erase, write = self.gates(x)
+        o, memory = gated_delta_rule_2(
+            l2_norm(q.unflatten(-1, (self.num_heads, self.key_dim))),
+            l2_norm(k.unflatten(-1, (self.num_heads, self.key_dim))),
+            v.unflatten(-1, (self.num_value_heads, self.value_dim)),
+            log_decay,
+            erase,
+            write,
+            initial_state=None if state is None else state.memory,
+            output_final_state=output_state,
+            cu_seqlens=cu_seqlens,
+        )
+        gate = self.output_gate(x).unflatten(-1, (self.num_value_heads, self.value_dim))
+        y = self.out_proj(self.norm(o, gate).flatten(-2))
+        return y, None if memory is None else DeltaState(conv_q, conv_k, conv_v, memory)

@@ -1,0 +1,37 @@
+"""Normalisation. All of it is computed in at least float32 and returned in its input's dtype."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from gdn2.layers.linear import at_least_float32
+
+
+class RMSNorm(nn.Module):
+    """x / sqrt(mean(x^2) + eps) * weight over the last axis; x [..., dim]."""
+
+    def __init__(self, dim: int, eps: float = 1e-5) -> None:
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.empty(dim))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        nn.init.ones_(self.weight)
+
+    def forward(self, x: Tensor) -> Tensor:
+        wide = at_least_float32(x)
+        return F.rms_norm(wide, self.weight.shape, self.weight.to(wide.dtype), self.eps).to(x.dtype)
+
+
+class GatedRMSNorm(RMSNorm):
+    """RMSNorm of x times SiLU of a gate; x and gate [..., dim]. The weight is shared by all heads."""
+
+    def forward(self, x: Tensor, gate: Tensor) -> Tensor:  # type: ignore[override]
+        return (super().forward(at_least_float32(x)) * F.silu(at_least_float32(gate))).to(gate.dtype)
+
+
+def l2_norm(x: Tensor, eps: float = 1e-6) -> Tensor:
+    """x over its length along the last axis. With eps under the root, a zero vector and its gradient stay finite."""
+    wide = at_least_float32(x)
+    return (wide * torch.rsqrt(wide.square().sum(-1, keepdim=True) + eps)).to(x.dtype)

@@ -1,0 +1,229 @@
+"""Language models: pre-norm residual blocks of a token mixer and an MLP, laid down by the configuration's cell."""
+
+import re
+from pathlib import Path
+from typing import cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from gdn2.config import ModelConfig, load_run
+from gdn2.layers import AttentionState, DeltaState, GatedDeltaNet2, RMSNorm, SlidingWindowAttention, SwiGLU
+from gdn2.layers.linear import Linear, at_least_float32
+from gdn2.presets import preset
+
+LayerState = DeltaState | AttentionState
+ModelState = tuple[LayerState, ...]
+
+IGNORED_TARGET = -100
+LOSS_CHUNK = 2_048  # tokens whose logits are held at once: with 32,000 words 262 MB in float32
+
+
+class Embedding(nn.Embedding):
+    """Token embeddings that start normal with standard deviation 0.02.
+
+    Blocks read the residual stream through a norm, so its scale only sets how much they change it: 0.02 is near the
+    size of their own first outputs, so that they are heard from the first step; with tied weights it keeps the first
+    logits near zero too.
+    """
+
+    def reset_parameters(self) -> None:
+        nn.init.normal_(self.weight, std=0.02)
+
+
+class Block(nn.Module):
+    """x + mixer(norm(x)), then x + mlp(norm(x)). `kind` is 'mixer' or 'attention'."""
+
+    def __init__(self, config: ModelConfig, kind: str) -> None:
+        super().__init__()
+        self.mixer_norm = RMSNorm(config.d_model, config.norm_eps)
+        self.mixer = build_mixer(config, kind)
+        self.mlp_norm = RMSNorm(config.d_model, config.norm_eps)
+        self.mlp = SwiGLU(config.d_model, config.mlp_width)
+
+    def forward(
+        self,
+        x: Tensor,
+        state: LayerState | None = None,
+        cu_seqlens: Tensor | None = None,
+        output_state: bool = True,
+    ) -> tuple[Tensor, LayerState | None]:
+        mixed, state = self.mixer(self.mixer_norm(x), state, cu_seqlens, output_state)
+        x = x + mixed
+        return x + self.mlp(self.mlp_norm(x)), state
+
+
+def build_mixer(config: ModelConfig, kind: str) -> GatedDeltaNet2 | SlidingWindowAttention:
+    """The token mixer of a block of the given kind."""
+    if kind == "attention":
+        return SlidingWindowAttention(config.d_model, config.attention_heads, config.window, config.rope_base)
+    return GatedDeltaNet2(
+        d_model=config.d_model,
+        num_heads=config.num_heads,
+        num_value_heads=config.num_value_heads,
+        key_dim=config.key_dim,
+        value_dim=config.value_dim,
+        conv_width=config.conv_width,
+        negative_eigenvalues=config.negative_eigenvalues,
+        norm_eps=config.norm_eps,
+    )
+
+
+class LanguageModel(nn.Module):
+    """Embedding, blocks, final norm and output head, initialised as in the paper.
+
+    To build a large model without filling it first: under ``torch.device("meta")``, then `to_empty` and either
+    `reset_parameters` or `load_state_dict`.
+    """
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.embedding = Embedding(config.vocab_size, config.d_model)
+        self.blocks = nn.ModuleList(Block(config, kind) for kind in config.layer_kinds)
+        self.norm = RMSNorm(config.d_model, config.norm_eps)
+        # Tied, the head is the embedding's own weight: a second name for it would come apart when leaving meta.
+        self.head = None if config.tie_embeddings else Linear(config.d_model, config.vocab_size, bias=False)
+
+    def reset_parameters(self) -> None:
+        """Initialise every parameter anew, on whatever device it is."""
+        for module in self.modules():
+            reset = getattr(module, "reset_parameters", None)
+            if module is not self and reset is not None:
+                reset()
+
+    def mixers(self) -> list[GatedDeltaNet2 | SlidingWindowAttention]:
+        """The token mixer of each block, first to last."""
+        return [cast(Block, block).mixer for block in self.blocks]
+
+    def initial_state(
+        self, batch: int, device: torch.device | str | None = None, dtype: torch.dtype | None = None
+    ) -> ModelState:
+        """The state before the first token of `batch` sequences, one entry per block."""
+        return tuple(mixer.initial_state(batch, device, dtype) for mixer in self.mixers())
+
+    def forward(
+        self,
+        tokens: Tensor,
+        state: ModelState | None = None,
+        cu_seqlens: Tensor | None = None,
+        output_state: bool = True,
+    ) -> tuple[Tensor, ModelState | None]:
+        """Read tokens.
+
+        Args:
+            tokens: [B, T] integers below the vocabulary's size.
+            state: one entry per block, what an earlier call returned; None starts afresh.
+            cu_seqlens: [N + 1] token offsets that pack N sequences into B = 1.
+            output_state: without it the returned state is None, and its cost is saved.
+
+        Returns:
+            hidden [B, T, d_model] after the final norm, and the state after the last token of each sequence.
+
+        Raises:
+            ValueError: shapes or dtypes that do not fit.
+        """
+        if tokens.ndim != 2 or tokens.is_floating_point():
+            raise ValueError(f"tokens are {tokens.dtype} of shape {list(tokens.shape)}; expected integers [B, T]")
+        if state is not None and len(state) != len(self.blocks):
+            raise ValueError(f"state has {len(state)} entries; expected one per block ({len(self.blocks)})")
+        x = self.embedding(tokens)
+        states = []
+        for block, before in zip(self.blocks, state or (None,) * len(self.blocks)):
+            x, after = block(x, before, cu_seqlens, output_state)
+            states.append(after)
+        return self.norm(x), tuple(states) if output_state else None
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """[..., d_model] -> [..., vocab_size] in float32 (float64 in a float64 model)."""
+        weight = self.embedding.weight if self.head is None else self.head.weight
+        return at_least_float32(F.linear(hidden, weight))
+
+    def loss(
+        self, tokens: Tensor, targets: Tensor, cu_seqlens: Tensor | None = None, reduction: str = "mean"
+    ) -> Tensor:
+        """Cross-entropy of the targets, in nats.
+
+        Logits are formed a few thousand tokens at a time, again in the backward pass, and never all held.
+
+        Args:
+            tokens, targets: [B, T] int64; a target of -100 is left out.
+            cu_seqlens: as in `forward`.
+            reduction: "mean" over the targets that count (0 when none does), or "none".
+
+        Returns:
+            A scalar, or [B, T] with zeros where targets are left out.
+
+        Raises:
+            ValueError: an unknown reduction, or shapes that do not fit.
+        """
+        if reduction not in ("mean", "none"):
+            raise ValueError(f"reduction is {reduction!r}; expected 'mean' or 'none'")
+        if targets.shape != tokens.shape:
+            raise ValueError(f"targets have shape {list(targets.shape)}; expected that of tokens {list(tokens.shape)}")
+        hidden, _ = self(tokens, cu_seqlens=cu_seqlens, output_state=False)
+        chunks = zip(hidden.flatten(0, 1).split(LOSS_CHUNK), targets.flatten().split(LOSS_CHUNK))
+        losses = [
+            checkpoint(self._chunk_loss, *chunk, use_reentrant=False, preserve_rng_state=False) for chunk in chunks
+        ]
+        nats = torch.cat(losses)
+        if reduction == "none":
+            return nats.view_as(targets)
+        return nats.sum() / (targets != IGNORED_TARGET).sum().clamp(min=1)
+
+    def _chunk_loss(self, hidden: Tensor, targets: Tensor) -> Tensor:
+        return F.cross_entropy(self.logits(hidden), targets, ignore_index=IGNORED_TARGET, reduction="none")
+
+    def num_parameters(self) -> int:
+        """All parameters, each counted once."""
+        return sum(p.numel() for p in self.parameters())
+
+    def num_block_parameters(self) -> int:
+        """Parameters of the blocks alone: no embedding, output head or final norm. What presets are named after."""
+        return sum(p.numel() for p in self.blocks.parameters())
+
+    @classmethod
+    def from_checkpoint(cls, path: str | Path, device: torch.device | str = "cpu") -> "LanguageModel":
+        """The model of a checkpoint folder, or of the newest checkpoint of a run's folder, in float32 and eval mode.
+
+        ValueError when there is none, or its weights do not fit its configuration.
+        """
+        from safetensors import SafetensorError
+        from safetensors.torch import load_file
+
+        folder = find_checkpoint(path)
+        config = load_run(folder / "config.yaml", (), preset).model
+        try:
+            weights = load_file(folder / "model.safetensors", device=str(device))
+        except SafetensorError as error:
+            raise ValueError(f"{folder / 'model.safetensors'} cannot be read: {error}") from error
+        with torch.device("meta"):
+            model = cls(config)
+        expected = {name: list(p.shape) for name, p in model.state_dict().items()}
+        found = {name: list(w.shape) for name, w in weights.items()}
+        for name in sorted(expected.keys() | found.keys()):
+            if expected.get(name) != found.get(name):
+                raise ValueError(
+                    f"{folder / 'model.safetensors'} does not fit its config.yaml: {name} has shape "
+                    f"{found.get(name, 'missing')}; expected {expected.get(name, 'no such parameter')}"
+                )
+        model.to_empty(device=device).load_state_dict(weights)
+        return model.eval()
+
+
+def find_checkpoint(path: str | Path) -> Path:
+    """`path` itself when it is a checkpoint (model.safetensors + config.yaml), else the newest one of the run in it.
+
+    ValueError when there is neither.
+    """
+    path = Path(path)
+    steps = [p for p in (path / "checkpoints").glob("step_*") if re.fullmatch(r"step_\d+", p.name)]
+    for folder in [path, *sorted(steps, key=lambda p: int(p.name[5:]), reverse=True)]:
+        if (folder / "model.safetensors").is_file() and (folder / "config.yaml").is_file():
+            return folder
+    raise ValueError(
+        f"{str(path)!r} holds no checkpoint; expected a folder with model.safetensors and config.yaml, "
+        "or a run's folder with checkpoints/step_XXXXXXXX"
+    )

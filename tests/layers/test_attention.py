@@ -1,0 +1,179 @@
+import cmath
+import math
+
+import pytest
+import torch
+from torch import Tensor
+
+from gdn2.layers import AttentionState, SlidingWindowAttention
+from gdn2.layers.attention import _blocked, _masked, rotary_angles, rotate
+
+
+def definition(layer: SlidingWindowAttention, x: Tensor) -> Tensor:
+    """One sequence [T, d_model]: rotary as complex numbers, a softmax per query over the keys in its window."""
+    T, (H, D) = x.shape[0], (layer.num_heads, layer.head_dim)
+    q, k, v = (p(x).view(T, H, D) for p in (layer.q_proj, layer.k_proj, layer.v_proj))
+
+    def turned(u: Tensor) -> Tensor:
+        numbers = torch.complex(u[..., : D // 2], u[..., D // 2 :])
+        turns = [[cmath.exp(1j * t * layer.rope_base ** (-2 * i / D)) for i in range(D // 2)] for t in range(T)]
+        return numbers * torch.tensor(turns, dtype=torch.complex128)[:, None]
+
+    scores = torch.einsum("ihd,jhd->hij", turned(q), turned(k).conj()).real / math.sqrt(D)
+    out = torch.zeros(T, H, D, dtype=x.dtype)
+    for t in range(T):
+        first = 0 if layer.window is None else max(0, t - layer.window + 1)
+        weights = torch.softmax(scores[:, t, first : t + 1], dim=-1)
+        out[t] = torch.einsum("hj,jhd->hd", weights, v[first : t + 1])
+    return layer.out_proj(out.flatten(1))
+
+
+def attention(window: int | None, d_model: int = 12, heads: int = 2) -> SlidingWindowAttention:
+    torch.manual_seed(0)
+    layer = SlidingWindowAttention(d_model, heads, window, rope_base=100.0).double()
+    for p in layer.parameters():
+        torch.nn.init.normal_(p, std=p.shape[1] ** -0.5)
+    return layer
+
+
+@pytest.mark.parametrize("window", [1, 3, 5, 8, 19, 100, None])
+def test_layer_matches_the_definition(window: int | None) -> None:
+    """Windows that give the causal (T <= W), the masked (T <= 2W) and the blocked form."""
+    layer = attention(window)
+    x = torch.randn(2, 19, 12, dtype=torch.float64)
+    y, _ = layer(x)
+    for n in range(2):
+        # Angles are rounded to float32, 3e-7 for an angle near 2 pi, and move the outputs (near 1) by about that.
+        torch.testing.assert_close(y[n], definition(layer, x[n]), rtol=0, atol=2e-6)
+
+
+@pytest.mark.parametrize("tokens", [1, 4, 5, 16, 17, 23])
+@pytest.mark.parametrize(("with_state", "packed"), [(False, False), (True, False), (False, True)])
+def test_blocked_matches_masked(tokens: int, with_state: bool, packed: bool) -> None:
+    torch.manual_seed(0)
+    W, B = 4, 1 if packed else 2
+    q, k, v = (torch.randn(B, tokens, 2, 6, dtype=torch.float64, requires_grad=True) for _ in range(3))
+    positions, document, state = torch.arange(tokens)[None], None, None
+    if packed:
+        document = (torch.arange(tokens) >= 2).long() + (torch.arange(tokens) >= 9)
+    if with_state:  # one ring that has gone round, one that is not yet full
+        ring = torch.randn(2, B, W, 2, 6, dtype=torch.float64)
+        state = AttentionState(ring[0], ring[1], torch.tensor([10, 3]))
+        positions = positions + state.position[:, None]
+    results = []
+    for form in (_blocked, _masked):
+        o = form(q, k, v, positions, document, state, W)
+        results.append((o, *torch.autograd.grad((o * torch.linspace(-1, 1, o.numel()).view_as(o)).sum(), (q, k, v))))
+    for a, b in zip(*results):
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-12)  # float64 rounding of sums over at most 4 keys
+
+
+def test_ring_holds_each_token_in_the_slot_of_its_position() -> None:
+    layer = attention(window=4)
+    x = torch.randn(1, 11, 12, dtype=torch.float64)
+    values = layer.v_proj(x)[0].unflatten(-1, (2, 6))
+    for seen in (0, 3, 4, 5, 11):
+        _, state = layer(x[:, :seen])
+        assert state.position.tolist() == [seen]
+        for t in range(max(0, seen - 4), seen):
+            torch.testing.assert_close(state.values[0, t % 4], values[t], rtol=0, atol=1e-14)  # float64 rounding
+        assert not state.values[0, seen:].any()  # slots that no token has reached
+
+
+def test_long_sequences_take_linear_memory() -> None:
+    """No tensor, forward or backward, is near T x T: the largest, a block's distances, has T x 2W numbers."""
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    class Largest(TorchDispatchMode):
+        nbytes = 0
+
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+            out = func(*args, **(kwargs or {}))
+            for t in out if isinstance(out, tuple | list) else [out]:
+                if isinstance(t, Tensor):
+                    self.nbytes = max(self.nbytes, t.untyped_storage().nbytes())
+            return out
+
+    T, W = 4096, 16
+    layer = SlidingWindowAttention(8, 2, W)
+    x = torch.randn(1, T, 8)
+    for cu_seqlens in (None, torch.tensor([0, 1, 1, 700, T])):
+        with Largest() as largest:
+            layer(x, None, cu_seqlens)[0].sum().backward()
+        assert largest.nbytes <= 2 * T * 2 * W * 8  # distances are int64; a factor of 2 to spare, T x T would be 128
+
+
+def test_rotary_angles_are_exact_at_a_million_tokens() -> None:
+    positions = torch.tensor([[0, 1, 999_999, 1_000_000]])
+    angles = rotary_angles(positions, 8, 10_000.0)
+    for t, position in enumerate(positions[0].tolist()):
+        for i in range(4):
+            exact = math.fmod(position * 10_000.0 ** (-2 * i / 8), 2 * math.pi)
+            # Rounding an angle below 2 pi to float32: at most 2.4e-7; the float64 product adds 1e-10.
+            assert abs(angles[0, t, i].item() - exact) < 3e-7
+
+
+def test_scores_depend_on_the_distance_alone() -> None:
+    torch.manual_seed(0)
+    q, k = torch.randn(2, 1, 1, 1, 64)
+    for base in (0, 1_000_000):
+        at, back = (rotary_angles(torch.tensor([[base + d]]), 64, 10_000.0) for d in (37, 0))
+        score = (rotate(q, at) * rotate(k, back)).sum()
+        # 64 float32 products of numbers near 1, rotated by angles good to 3e-7: a few 1e-6.
+        torch.testing.assert_close(
+            score, (rotate(q, rotary_angles(torch.tensor([[37]]), 64, 10_000.0)) * k).sum(), rtol=0, atol=2e-5
+        )
+
+
+def test_layer_in_bfloat16_and_under_autocast() -> None:
+    layer = attention(4).float()
+    x = torch.randn(2, 20, 12)
+    exact, _ = layer(x)
+    with torch.autocast("cpu", torch.bfloat16):
+        cast, state = layer(x, layer.initial_state(2))
+    narrow, _ = attention(4).bfloat16()(x.bfloat16())
+    assert cast.dtype == narrow.dtype == state.keys.dtype == torch.bfloat16
+    for y in (cast, narrow):
+        assert (y.float() - exact).norm() < 0.03 * exact.norm()  # half a dozen roundings to 8 bits, 0.4 % each
+
+
+def test_whole_graph_compiles() -> None:
+    for window in (4, None):
+        layer, x = attention(window), torch.randn(1, 9, 12, dtype=torch.float64)
+        compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+        with torch.no_grad():
+            y, state = compiled(x)
+        torch.testing.assert_close(y, layer(x)[0])
+        torch.testing.assert_close(compiled(x, state)[0], layer(x, state)[0])
+    torch._dynamo.reset()
+
+
+def test_state_is_left_out_on_request() -> None:
+    for window in (4, None):
+        layer, x = attention(window), torch.randn(1, 9, 12, dtype=torch.float64)
+        for cu_seqlens in (None, torch.tensor([0, 4, 9])):
+            y, state = layer(x, None, cu_seqlens, output_state=False)
+            assert state is None
+            assert torch.equal(y, layer(x, None, cu_seqlens)[0])
+
+
+@pytest.mark.parametrize(
+    ("keywords", "message"),
+    [
+        ({"num_heads": 5}, r"num_heads is 5; expected a divisor of d_model \(12\) into even heads"),
+        ({"num_heads": 4}, "num_heads is 4"),
+        ({"num_heads": 0}, "num_heads is 0"),
+        ({"num_heads": 2, "window": 0}, "window is 0; expected at least 1, or None"),
+    ],
+)
+def test_bad_sizes_are_named(keywords: dict[str, int], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        SlidingWindowAttention(12, **keywords)
+
+
+@pytest.mark.parametrize("window", [4, None])
+def test_a_state_that_does_not_fit_is_refused(window: int | None) -> None:
+    layer = attention(window)
+    message = r"state has keys \[3, .*\]; expected \[2, .*, 2, 6\], the same and \[2\]"
+    with pytest.raises(ValueError, match=message):
+        layer(torch.zeros(2, 1, 12, dtype=torch.float64), layer.initial_state(3))

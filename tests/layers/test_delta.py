@@ -1,0 +1,140 @@
+from copy import deepcopy
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from gdn2.layers import DeltaState, GatedDeltaNet2
+from gdn2.ops.reference import recurrence
+
+
+def random_layer(*args: Any, **keywords: Any) -> GatedDeltaNet2:
+    """The paper's initialisation is so small that errors would hide."""
+    torch.manual_seed(0)
+    layer = GatedDeltaNet2(*args, **keywords)
+    for p in layer.parameters():
+        if p.ndim > 1:
+            torch.nn.init.normal_(p, std=p.shape[1] ** -0.5)
+    return layer
+
+
+@pytest.mark.parametrize("negative", [False, True])
+def test_layer_matches_the_specification(negative: bool) -> None:
+    """Section 4 written out once more, around the reference recurrence, with grouped value heads and K != V."""
+    H, HV, K, V, width = 2, 4, 3, 5, 4
+    layer = random_layer(7, H, HV, K, V, width, negative).double()
+    torch.nn.init.normal_(layer.norm.weight)
+    torch.nn.init.normal_(layer.output_gate[1].bias)
+    x = torch.randn(2, 11, 7, dtype=torch.float64)
+
+    def stream(projection: torch.nn.Linear, weight: Tensor, channels: int) -> Tensor:
+        u = F.pad(projection(x).mT, (width - 1, 0))
+        return F.silu(F.conv1d(u, weight[:, None], groups=weight.shape[0])).mT.unflatten(-1, (-1, channels))
+
+    def unit(u: Tensor) -> Tensor:
+        return u / torch.sqrt((u * u).sum(-1, keepdim=True) + 1e-6)
+
+    q, k = unit(stream(layer.q_proj, layer.conv_q, K)), unit(stream(layer.k_proj, layer.conv_k, K))
+    v = stream(layer.v_proj, layer.conv_v, V)
+    b = torch.sigmoid(layer.gates.erase(x)).unflatten(-1, (H, K)) * (2 if negative else 1)
+    w = torch.sigmoid(layer.gates.write(x)).unflatten(-1, (HV, V))
+    decay = layer.gates.decay
+    g = -decay.rate.exp()[:, None] * F.softplus(decay.projection(x) + decay.delta).unflatten(-1, (H, K))
+    o, S = recurrence(q, k, v, g, b, w, scale=K**-0.5)
+    normed = o / torch.sqrt((o * o).mean(-1, keepdim=True) + 1e-5) * layer.norm.weight
+    expected = layer.out_proj((normed * F.silu(layer.output_gate(x)).unflatten(-1, (HV, V))).flatten(-2))
+
+    y, state = layer(x)
+    # Float64: the chunkwise operator and the token loop agree to about 1e-14, the output norm may raise that tenfold.
+    torch.testing.assert_close(y, expected, rtol=1e-11, atol=1e-11)
+    torch.testing.assert_close(state.memory, S, rtol=1e-11, atol=1e-11)
+    assert torch.equal(state.conv_v, layer.v_proj(x)[:, -3:])
+
+
+def test_zeros_in_front_leave_no_trace() -> None:
+    """Left padding, its inputs zeroed, is exact: without biases such a token neither erases nor writes."""
+    layer = random_layer(8, 2, key_dim=4, value_dim=4).double()
+    x = torch.randn(2, 9, 8, dtype=torch.float64)
+    y, state = layer(x)
+    padded, padded_state = layer(torch.cat([x.new_zeros(2, 5, 8), x], dim=1))
+    torch.testing.assert_close(padded[:, 5:], y, rtol=1e-11, atol=1e-11)  # as above
+    for a, b in zip(padded_state, state):
+        torch.testing.assert_close(a, b, rtol=1e-11, atol=1e-11)
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_layer_in_bfloat16_and_under_autocast(training: bool) -> None:
+    layer = random_layer(32, 2, key_dim=16, value_dim=16).train(training)
+    x = torch.randn(2, 20, 32)
+    exact, _ = layer(x)
+    with torch.autocast("cpu", torch.bfloat16):
+        cast, state = layer(x, layer.initial_state(2))
+        continued, _ = layer(x, state)
+    narrow = deepcopy(layer).bfloat16()
+    narrowed, narrow_state = narrow(x.bfloat16())
+    assert cast.dtype == continued.dtype == narrowed.dtype == state.conv_q.dtype == torch.bfloat16
+    assert state.memory.dtype == narrow_state.memory.dtype == torch.float32
+    for y in (cast, narrowed):
+        # A dozen roundings to 8 bits (0.4 % each) along the way, on outputs of size 1 before the last projection.
+        assert (y.float() - exact).norm() < 0.03 * exact.norm()
+    cast.float().square().mean().backward()
+    narrowed.float().square().mean().backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for m in (layer, narrow) for p in m.parameters())
+
+
+def test_training_and_evaluation_modes_agree() -> None:
+    layer, x = GatedDeltaNet2(8, 2, key_dim=4, value_dim=4), torch.randn(1, 5, 8)
+    assert torch.equal(layer.train()(x)[0], layer.eval()(x)[0])
+
+
+def test_state_shapes_and_dtypes() -> None:
+    layer = GatedDeltaNet2(8, 2, 4, key_dim=3, value_dim=5, conv_width=3)
+    state = layer.initial_state(6, dtype=torch.bfloat16)
+    assert [list(t.shape) for t in state] == [[6, 2, 6], [6, 2, 6], [6, 2, 20], [6, 4, 3, 5]]
+    assert [t.dtype for t in state] == [torch.bfloat16] * 3 + [torch.float32]
+    assert isinstance(layer(torch.randn(6, 1, 8))[1], DeltaState)
+    assert layer(torch.randn(6, 1, 8), output_state=False)[1] is None
+    assert layer.initial_state(1, device="meta").memory.device.type == "meta"
+
+
+def test_convolutions_start_uniform_within_half() -> None:
+    torch.manual_seed(0)
+    layer = GatedDeltaNet2(8, 16, key_dim=64, value_dim=64)
+    for weight in (layer.conv_q, layer.conv_k, layer.conv_v):
+        assert 0.49 < weight.abs().max() <= 0.5
+        assert abs(weight.mean()) < 0.02  # 4,096 draws: the mean is known to 0.0045
+
+
+def test_whole_graph_compiles() -> None:
+    torch.manual_seed(0)
+    layer, x = GatedDeltaNet2(8, 2, key_dim=4, value_dim=4), torch.randn(1, 9, 8)
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    for cu_seqlens in (None, torch.tensor([0, 2, 2, 9])):
+        y, state = compiled(x, None, cu_seqlens)
+        expected, expected_state = layer(x, None, cu_seqlens)
+        # The same operations, possibly fused: float32 rounding of outputs near 0.01.
+        torch.testing.assert_close(y, expected, rtol=1e-5, atol=1e-7)
+        torch.testing.assert_close(state.memory, expected_state.memory, rtol=1e-5, atol=1e-7)
+    torch._dynamo.reset()
+
+
+@pytest.mark.parametrize(
+    ("keywords", "message"),
+    [
+        ({"num_value_heads": 3}, r"num_value_heads is 3; expected a multiple of num_heads \(2\)"),
+        ({"key_dim": 0}, "key_dim is 0; expected at least 1"),
+        ({"conv_width": 0}, "conv_width is 0; expected at least 1"),
+        ({"num_heads": 0}, "num_heads is 0; expected at least 1"),
+    ],
+)
+def test_bad_sizes_are_named(keywords: dict[str, int], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        GatedDeltaNet2(**{"d_model": 8, "num_heads": 2, **keywords})
+
+
+def test_a_state_of_another_batch_is_refused() -> None:
+    layer = GatedDeltaNet2(8, 2, key_dim=4, value_dim=4)
+    with pytest.raises(ValueError, match=r"tail has shape \[3, 3, 8\]; expected \[2, 3, 8\]"):
+        layer(torch.zeros(2, 4, 8), layer.initial_state(3))
