@@ -244,22 +244,38 @@ def load_run(path: str | Path | None, assignments: Sequence[str], preset: Callab
 
     The key `preset` names the model that the keys under `model` then change. ConfigError for what does not fit.
     """
-    values: Any = {}
-    if path is not None:
-        try:
-            values = yaml.safe_load(Path(path).read_text(encoding="utf-8")) or {}
-        except OSError as error:
-            raise ConfigError(f"configuration {str(path)!r} cannot be read: {error.strerror}") from error
-        except yaml.YAMLError as error:
-            raise ConfigError(f"configuration {str(path)!r} is not YAML: {error}") from error
-        if not isinstance(values, dict):
-            raise ConfigError(f"configuration {str(path)!r} holds {type(values).__name__}; expected keys and values")
+    values: dict[str, Any] = {} if path is None else read_yaml(Path(path))
     values = override(values, assignments)
     name = values.pop("preset", None)
     if name is not None:
         require(isinstance(name, str), "preset", name, "the name of a model preset")
         values["model"] = to_dict(preset(name)) | (values.get("model") or {})
     return build(RunConfig, values)
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """The keys and values of a YAML file. ConfigError when it cannot be read or holds anything else."""
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+    except OSError as error:
+        raise ConfigError(f"configuration {str(path)!r} cannot be read: {error.strerror}") from error
+    except yaml.YAMLError as error:
+        raise ConfigError(f"configuration {str(path)!r} is not YAML: {error}") from error
+    if not isinstance(values, dict):
+        raise ConfigError(f"configuration {str(path)!r} holds {type(values).__name__}; expected keys and values")
+    return values
+
+
+def read_config(folder: Path) -> RunConfig:
+    """The configuration of a run's or a checkpoint's folder. ConfigError when there is none or it does not fit."""
+    config: RunConfig = build(RunConfig, read_yaml(folder / "config.yaml"))
+    return config
+
+
+def write_config(folder: Path, config: RunConfig) -> None:
+    """Write it as `read_config` reads it."""
+    text = yaml.safe_dump(to_dict(config), sort_keys=False)
+    (folder / "config.yaml").write_text(text, encoding="utf-8")
 
 
 def to_dict(config: Any) -> dict[str, Any]:

@@ -9,10 +9,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from gdn2.config import ModelConfig, load_run
+from gdn2.config import ModelConfig, read_config
 from gdn2.layers import AttentionState, DeltaState, GatedDeltaNet2, RMSNorm, SlidingWindowAttention, SwiGLU
 from gdn2.layers.linear import Linear, at_least_float32
-from gdn2.presets import preset
 
 LayerState = DeltaState | AttentionState
 ModelState = tuple[LayerState, ...]
@@ -194,7 +193,7 @@ class LanguageModel(nn.Module):
         from safetensors.torch import load_file
 
         folder = find_checkpoint(path)
-        config = load_run(folder / "config.yaml", (), preset).model
+        config = read_config(folder).model
         try:
             weights = load_file(folder / "model.safetensors", device=str(device))
         except SafetensorError as error:

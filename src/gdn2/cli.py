@@ -1,0 +1,376 @@
+"""The command `gdn2`: each sub-command parses, builds the configuration and calls.
+
+Bad input ends with exit code 2 and one line on standard error; training that cannot go on, with 1.
+"""
+
+import sys
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, NamedTuple, NoReturn
+
+import typer
+
+if TYPE_CHECKING:  # these import torch, which --help and shell completion need not wait for
+    import torch
+
+    from gdn2.config import RunConfig
+    from gdn2.data import Tokenizer
+    from gdn2.model import LanguageModel
+
+NEEDLE_TOKENS = 512  # at most, in a needle document that `prepare` mixes in
+
+app = typer.Typer(
+    name="gdn2",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+Run = Annotated[Path, typer.Argument(help="A run's folder (its newest checkpoint is taken), or one checkpoint.")]
+Device = Annotated[str, typer.Option(help="auto (a GPU when there is one), cpu, cuda or cuda:N.")]
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the command line; leaves by SystemExit."""
+    try:
+        app(arguments, prog_name="gdn2")
+    except (ValueError, OSError) as error:
+        leave(error, 2)
+
+
+def leave(error: Exception, code: int) -> NoReturn:
+    typer.echo(f"gdn2: error: {error}", err=True)
+    raise SystemExit(code) from error
+
+
+def show_version(wanted: bool) -> None:
+    if wanted:
+        import gdn2
+
+        typer.echo(f"gdn2 {gdn2.__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=show_version, is_eager=True, help="Print the version and leave.")
+    ] = False,
+) -> None:
+    """Gated DeltaNet-2 language models: prepare text, train, evaluate, generate.
+
+    \b
+    The whole way, on the text of Python's own standard library:
+      gdn2 prepare --corpus stdlib --out corpora/stdlib
+      gdn2 train --preset gdn2-hybrid-tiny --run runs/first data.path=corpora/stdlib
+      gdn2 eval runs/first
+      gdn2 generate runs/first --prompt "def "
+      gdn2 plot runs/first
+
+    `gdn2 COMMAND --help` explains each.
+    """
+
+
+@app.command()
+def prepare(
+    out: Annotated[Path, typer.Option(help="The folder to write; it must not exist yet.")],
+    sources: Annotated[
+        list[str] | None, typer.Argument(help="Files and folders: .jsonl and .parquet records, anything else as text.")
+    ] = None,
+    corpus: Annotated[str | None, typer.Option(help="A named text instead of files: stdlib.")] = None,
+    tokenizer: Annotated[
+        str, typer.Option(help="'bytes', a tokenizer.json, a folder with one, or a Hugging Face name.")
+    ] = "bytes",
+    field: Annotated[str, typer.Option(help="The field of .jsonl and .parquet records that holds the text.")] = "text",
+    val_share: Annotated[float, typer.Option(help="Share of the documents held out for validation.")] = 0.05,
+    seed: Annotated[int, typer.Option(help="Seed of the split and of what is mixed in.")] = 0,
+    mix_recall: Annotated[
+        int, typer.Option(min=0, help="Key-value documents to mix in; they teach what `eval --tasks recall` asks.")
+    ] = 0,
+    mix_needles: Annotated[
+        int, typer.Option(min=0, help="Needle documents to mix in; they teach what `eval --tasks niah_single_1` asks.")
+    ] = 0,
+) -> None:
+    """Turn text into token shards for training and validation.
+
+    \b
+    Examples:
+      gdn2 prepare --corpus stdlib --out corpora/stdlib
+      gdn2 prepare --corpus stdlib --mix-recall 50000 --out corpora/mixed
+      gdn2 prepare books/ more.jsonl --tokenizer tokenizer.json --out corpora/books
+    """
+    from gdn2.data import load_tokenizer, prepare, show_progress
+    from gdn2.evaluation.retrieval import needle_documents, recall_documents
+
+    documents: dict[str, Iterable[str]] = {}
+    if mix_recall:
+        documents[f"{mix_recall} recall documents"] = recall_documents(mix_recall, seed)
+    if mix_needles:
+        needles = needle_documents(mix_needles, NEEDLE_TOKENS, load_tokenizer(tokenizer), seed)
+        documents[f"{mix_needles} needle documents"] = needles
+    with show_progress() as progress:
+        meta = prepare(
+            out,
+            sources or (),
+            corpus=corpus,
+            documents=documents,
+            tokenizer=tokenizer,
+            field=field,
+            val_share=val_share,
+            seed=seed,
+            progress=progress,
+        )
+    for name, split in (("train", meta.train), ("val", meta.val)):
+        typer.echo(f"{name}: {split.documents:,} documents, {split.tokens:,} tokens, {split.bytes:,} bytes of text")
+
+
+@app.command()
+def train(
+    run: Annotated[Path, typer.Option(help="The run's folder; for a new run empty or not there yet.")],
+    settings: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="CONFIG.yaml|KEY=VALUE",
+            help="A configuration file, and settings that override it, such as optim.lr=1e-3.",
+        ),
+    ] = None,
+    preset: Annotated[str | None, typer.Option(help="The model, such as gdn2-hybrid-tiny or gdn2-1.3b.")] = None,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on from the run's newest checkpoint, with its configuration.")
+    ] = False,
+) -> None:
+    """Train a language model. Ctrl-C saves a checkpoint and ends; --resume goes on exactly there.
+
+    \b
+    Examples:
+      gdn2 train --preset gdn2-hybrid-tiny --run runs/first data.path=corpora/stdlib
+      gdn2 train config.yaml --run runs/second optim.lr=1e-3 train.tokens=5000000
+      gdn2 train --run runs/second --resume
+    """
+    from gdn2.config import ConfigError, load_run
+    from gdn2.presets import preset as named
+    from gdn2.training import TrainingError, train
+
+    overrides = [text for text in settings or () if "=" in text]
+    files = [text for text in settings or () if "=" not in text]
+    if len(files) > 1:
+        raise ConfigError(f"configurations {', '.join(files)}; expected one file, and overrides as key=value")
+    if resume and (files or preset is not None):
+        raise ConfigError("--resume takes the run's own configuration; leave out the file and --preset")
+    if not (resume or files or preset is not None):
+        raise ConfigError("no model was chosen; expected a configuration file, --preset, or --resume")
+    if preset is not None:
+        overrides.insert(0, f"preset={preset}")
+    path = run / "config.yaml" if resume else files[0] if files else None
+    try:
+        train(load_run(path, overrides, named), run, resume)
+    except TrainingError as error:
+        leave(error, 1)
+
+
+@app.command("eval")
+def evaluate(
+    run: Run,
+    tasks: Annotated[
+        str,
+        typer.Option(
+            help="Comma-separated: perplexity, recall, niah_single_1, niah_single_2, niah_single_3, niah_multikey_1."
+        ),
+    ] = "perplexity,recall",
+    length: Annotated[
+        int | None,
+        typer.Option(min=1, help="Tokens of a window or needle prompt; else as in training, and 1024 for needles."),
+    ] = None,
+    samples: Annotated[int, typer.Option(min=1, help="Questions of each recall task.")] = 100,
+    tokens: Annotated[int | None, typer.Option(min=1, help="Tokens to score; else as the run's validation.")] = None,
+    data: Annotated[Path | None, typer.Option(help="Folder of token shards; else the run's own.")] = None,
+    seed: Annotated[int, typer.Option(help="Seed of the questions.")] = 0,
+    device: Device = "auto",
+) -> None:
+    """Measure a model on held-out text. The results are shown, and kept in RUN/eval.json.
+
+    \b
+    Examples:
+      gdn2 eval runs/first
+      gdn2 eval runs/first --tasks perplexity --length 8192
+      gdn2 eval runs/first --tasks niah_single_1,niah_multikey_1 --length 2048 --samples 500
+    """
+    from rich.console import Console
+
+    from gdn2.data import Shards
+    from gdn2.evaluation import report
+
+    names = report.check_tasks([name.strip() for name in tasks.split(",")])
+    loaded = load(run, device)
+    shards = Shards(data or loaded.config.data.path)
+    if shards.meta.vocab_size != loaded.tokenizer.vocab_size:
+        raise ValueError(
+            f"{str(shards.path)!r} has a vocabulary of {shards.meta.vocab_size} tokens, the model's tokenizer "
+            f"{loaded.tokenizer.vocab_size}; expected text prepared with the same tokenizer"
+        )
+    results = report.read(run / "eval.json")
+    for name in names:
+        with loaded.autocast, counting(name) as progress:
+            results[name] = {"checkpoint": loaded.checkpoint} | report.evaluate(
+                name,
+                loaded.model,
+                loaded.tokenizer,
+                shards.split("val"),
+                seq_len=loaded.config.data.seq_len,
+                length=length,
+                tokens=tokens or loaded.config.train.eval_tokens,
+                samples=samples,
+                seed=seed,
+                device=loaded.device,
+                progress=progress,
+            )
+        report.write(run / "eval.json", results)
+    Console().print(report.table({name: results[name] for name in names}))
+
+
+@app.command()
+def generate(
+    run: Run,
+    prompt: Annotated[list[str] | None, typer.Option(help="Text to continue; repeat it for several.")] = None,
+    prompt_file: Annotated[Path | None, typer.Option(help="A file whose whole text is continued.")] = None,
+    tokens: Annotated[int, typer.Option(help="New tokens at most.")] = 256,
+    temperature: Annotated[float, typer.Option(help="0 takes the likeliest token; 1 samples as the model says.")] = 0.8,
+    top_k: Annotated[int, typer.Option(help="Sample among the k likeliest tokens; 0 means all.")] = 0,
+    top_p: Annotated[float, typer.Option(help="Sample among the likeliest that reach this probability.")] = 1.0,
+    seed: Annotated[int | None, typer.Option(help="The same seed gives the same text.")] = None,
+    stop: Annotated[list[str] | None, typer.Option(help="Text before which to end; repeat it for several.")] = None,
+    device: Device = "auto",
+) -> None:
+    """Continue a text, shown as it comes. Without a prompt that is the text on standard input, or a new one.
+
+    \b
+    Examples:
+      gdn2 generate runs/first --prompt "def main(" --tokens 400
+      gdn2 generate runs/first --prompt "import " --prompt "class " --temperature 0
+      gdn2 generate runs/first < story.txt
+    """
+    from gdn2.generate import generate_text
+
+    prompts = list(prompt or ())
+    if prompt_file is not None:
+        try:
+            prompts.append(prompt_file.read_text(encoding="utf-8"))
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{str(prompt_file)!r} is not UTF-8 text") from error
+    if not prompts:
+        prompts.append("" if sys.stdin.isatty() else sys.stdin.read())
+    loaded = load(run, device)
+    steps = generate_text(
+        loaded.model,
+        loaded.tokenizer,
+        prompts,
+        tokens,
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        seed=seed,
+        stop_strings=stop or (),
+    )
+    with loaded.autocast:
+        if len(prompts) == 1:
+            typer.echo(prompts[0], nl=False)
+            for (piece,) in steps:
+                typer.echo(piece, nl=False)
+            typer.echo()
+        else:
+            texts = ["".join(pieces) for pieces in zip(*steps)]
+            for number, (start, text) in enumerate(zip(prompts, texts), 1):
+                typer.echo(f"--- {number} of {len(prompts)} ---\n{start}{text}")
+
+
+@app.command()
+def info(
+    model: Annotated[str, typer.Argument(metavar="PRESET|RUN", help="A preset's name, or the folder of a run.")],
+    context: Annotated[int, typer.Option(help="Tokens of the sequence that the figures are for.")] = 4_096,
+) -> None:
+    """Show what a model costs. That is its parameters, state, arithmetic and memory.
+
+    \b
+    Examples:
+      gdn2 info gdn2-1.3b
+      gdn2 info runs/first --context 65536
+    """
+    from gdn2.config import read_config
+    from gdn2.info import describe
+    from gdn2.model import find_checkpoint
+    from gdn2.presets import preset
+
+    config = read_config(find_checkpoint(model)).model if Path(model).is_dir() else preset(model)
+    costs = describe(config, context)
+    for name, value in (
+        ("parameters", f"{costs.parameters:,}"),
+        ("  in the blocks", f"{costs.block_parameters:,}"),
+        ("  in embedding and head", f"{costs.embedding_parameters:,}"),
+        ("weights", memory(costs.weight_bytes)),
+        ("state of a sequence", f"{costs.state_floats:,} numbers, {memory(costs.state_bytes)}"),
+        ("forward pass", f"{costs.forward_flops:,.0f} FLOPs per token"),
+        ("training step", f"{costs.training_flops:,.0f} FLOPs per token"),
+    ):
+        typer.echo(f"{name:<24}{value}")
+    typer.echo(f"for sequences of {context:,} tokens")
+
+
+def memory(sizes: Mapping[str, int]) -> str:
+    return ", ".join(f"{size / 2**20:,.1f} MiB in {dtype}" for dtype, size in sizes.items())
+
+
+@app.command()
+def plot(
+    run: Annotated[Path, typer.Argument(help="A run's folder.")],
+    out: Annotated[Path | None, typer.Option(help="The picture to write; else RUN/plot.png.")] = None,
+) -> None:
+    """Draw a run's loss, throughput and, once measured, recall.
+
+    \b
+    Examples:
+      gdn2 plot runs/first
+      gdn2 plot runs/first --out loss.png
+    """
+    from gdn2.training.plot import plot_run
+
+    typer.echo(plot_run(run, out))
+
+
+class Loaded(NamedTuple):
+    """A checkpoint ready to use, and where it runs."""
+
+    model: "LanguageModel"
+    tokenizer: "Tokenizer"
+    config: "RunConfig"
+    checkpoint: str
+    device: "torch.device"
+    autocast: AbstractContextManager[Any]
+
+
+def load(run: Path, device: str) -> Loaded:
+    from gdn2.config import read_config
+    from gdn2.data import load_tokenizer
+    from gdn2.model import LanguageModel, find_checkpoint
+    from gdn2.training.train import resolve_device
+
+    folder = find_checkpoint(run)
+    config = read_config(folder)
+    where, autocast, _ = resolve_device(replace(config, train=replace(config.train, device=device)))
+    return Loaded(
+        LanguageModel.from_checkpoint(folder, where), load_tokenizer(folder), config, folder.name, where, autocast
+    )
+
+
+@contextmanager
+def counting(task: str) -> Iterator[Callable[[int, int], None]]:
+    """A progress bar on standard error, for a callback that takes done and total; shown on a terminal only."""
+    from rich.console import Console
+    from rich.progress import Progress
+
+    console = Console(stderr=True)
+    with Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
+        row = bar.add_task(task, total=None)
+        yield lambda done, total: bar.update(row, completed=done, total=total)

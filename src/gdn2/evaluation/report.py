@@ -1,0 +1,114 @@
+"""The evaluation tasks by name, their results as plain values, and those as a file and a table."""
+
+import json
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from gdn2.data import TokenFile, Tokenizer
+from gdn2.evaluation import language, retrieval
+from gdn2.model import LanguageModel
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+TASKS = ("perplexity", "recall", *retrieval.NEEDLE_TASKS)
+RECALL_TOKENS = 4  # enough for one digit and the end of its line, under any tokenizer
+NEEDLE_LENGTH = 1_024
+Result = dict[str, Any]
+
+
+def check_tasks(names: list[str]) -> list[str]:
+    """`names` as they are. ValueError for one that is no task."""
+    for name in names:
+        if name not in TASKS:
+            raise ValueError(f"task is {name!r}; expected one of {', '.join(TASKS)}")
+    return names
+
+
+def evaluate(
+    task: str,
+    model: LanguageModel,
+    tokenizer: Tokenizer,
+    token_file: TokenFile,
+    *,
+    seq_len: int,
+    length: int | None,
+    tokens: int,
+    samples: int,
+    seed: int,
+    device: torch.device | str,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> Result:
+    """Run one of TASKS on held-out text; returns its result with the settings that produced it.
+
+    `perplexity` scores about `tokens` targets in windows of `length`, or of `seq_len` when that is None. The others
+    ask `samples` questions drawn with `seed`: needles in prompts of `length` tokens, or of NEEDLE_LENGTH. `progress`
+    is told how many targets or samples are done, and of how many. ValueError for what the task refuses.
+    """
+    check_tasks([task])
+    if task == "perplexity":
+        return asdict(language.perplexity(model, token_file, length or seq_len, tokens, device, progress)) | {
+            "length": length or seq_len
+        }
+    if task == "recall":
+        questions = retrieval.recall_samples(samples, seed)
+        answer = retrieval.greedy(model, tokenizer, RECALL_TOKENS, ["\n"], progress=progress)
+        chance = {"chance_percent": 100 / retrieval.RECALL_PAIRS, "pairs": retrieval.RECALL_PAIRS}
+        return {"percent": retrieval.exact(questions, answer), **chance, "samples": samples, "seed": seed}
+    length = length or NEEDLE_LENGTH
+    essays = retrieval.NEEDLE_TASKS[task].essays
+    corpus = retrieval.essays(token_file, tokenizer) if essays else None
+    needles = retrieval.niah_samples(task, tokenizer, length, samples, seed, corpus)
+    answer = retrieval.greedy(model, tokenizer, retrieval.ANSWER_TOKENS, progress=progress)
+    settings = {"length": length, "haystack": "validation documents" if essays else "one line repeated"}
+    return {"percent": retrieval.score(needles, answer), **settings, "samples": samples, "seed": seed}
+
+
+def read(path: Path) -> dict[str, Result]:
+    """The results in an eval.json, or none where there is no file. ValueError for a file that is not one."""
+    if not path.exists():
+        return {}
+    try:
+        results = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{str(path)!r} is not JSON ({error}); move it away to evaluate anew") from error
+    if not isinstance(results, dict):
+        raise ValueError(f"{str(path)!r} holds no results by task; move it away to evaluate anew")
+    return results
+
+
+def write(path: Path, results: Mapping[str, Result]) -> None:
+    """Replace the file at once: a reader, or a crash, meets the old or the new one whole."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary.write_text(json.dumps(results, indent=2, allow_nan=False) + "\n", encoding="utf-8")
+    os.replace(temporary, path)
+
+
+def table(results: Mapping[str, Result]) -> "Table":
+    """The results for a terminal: a row per task, perplexity followed by its curve along the context."""
+    from rich.table import Table
+
+    out = Table("task", "result", "on")
+    for task, result in results.items():
+        if task == "perplexity":
+            on = f"{result['tokens']:,} tokens in windows of {result['length']:,}"
+            out.add_row(task, f"{result['perplexity']:.3f}{_bits(result)}", on)
+            for bucket in result["by_position"]:
+                where = f"  places {bucket['start']:,} to {bucket['stop'] - 1:,}"
+                out.add_row(where, f"{bucket['nats']:.4f} nats{_bits(bucket)}", "")
+        elif task == "recall":
+            on = f"{result['samples']} samples, {result['pairs']} pairs each"
+            out.add_row(task, f"{result['percent']:.1f} %, chance {result['chance_percent']:.1f} %", on)
+        else:
+            on = f"{result['samples']} prompts of {result['length']:,} tokens, {result['haystack']}"
+            out.add_row(task, f"{result['percent']:.1f} %", on)
+    return out
+
+
+def _bits(result: Result) -> str:
+    return "" if result["bits_per_byte"] is None else f", {result['bits_per_byte']:.4f} bits/byte"

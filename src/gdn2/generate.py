@@ -1,0 +1,253 @@
+"""Text from a language model: prefill by chunks, then single-token steps on an explicit state.
+
+`generate` works on token ids, `generate_text` on strings. The state of a recurrent block, and of attention with a
+window, has one size whatever was read before, so memory depends on neither the prompt's length nor the text's.
+"""
+
+from collections.abc import Callable, Generator, Hashable, Iterator, Sequence
+from contextlib import closing
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from gdn2.model import LanguageModel
+
+
+class TextStream(Protocol):
+    """Token ids in, whole characters out."""
+
+    def feed(self, token: int) -> str: ...
+    def flush(self) -> str: ...
+
+
+class TextTokenizer(Protocol):
+    """What `generate_text` asks of a tokenizer; those of `gdn2.data` have it."""
+
+    @property
+    def end_of_text(self) -> int: ...
+    def encode(self, text: str) -> list[int]: ...
+    def stream(self) -> TextStream: ...
+
+
+def generate(
+    model: LanguageModel,
+    prompts: Sequence[Sequence[int]],
+    max_new_tokens: int,
+    temperature: float = 1.0,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    seed: int | None = None,
+    stop_tokens: Sequence[int] = (),
+    chunk: int = 512,
+) -> Generator[list[int | None], None, None]:
+    """Continue every prompt; yields one list per step, one token id per prompt, None once that prompt has stopped.
+
+    Args:
+        model: the model; it is in evaluation mode while the iterator lives and goes back to its mode afterwards.
+        prompts: token ids, one or more per prompt; lengths may differ. A row's text does not depend on the others.
+        max_new_tokens: steps at most; iteration ends sooner when every prompt has stopped.
+        temperature: divides the logits; 0 takes the likeliest token.
+        top_k: sample among the k likeliest tokens; 0 means all.
+        top_p: sample among the likeliest tokens that together reach this probability, in (0, 1].
+        seed: row i draws from its own generator, seeded with seed + i; None takes a fresh seed.
+        stop_tokens: ids that end a row; they are not yielded.
+        chunk: prompt tokens read at once.
+
+    Raises:
+        ValueError: an argument out of range (at the call), or logits that are NaN (while iterating).
+    """
+    vocab = model.config.vocab_size
+    _require(len(prompts) >= 1, "prompts", prompts, "at least one prompt")
+    for row, prompt in enumerate(prompts):
+        _require(len(prompt) >= 1, f"prompts[{row}]", prompt, "at least one token, such as the end-of-text token")
+        for token in prompt:
+            _require(0 <= token < vocab, f"prompts[{row}]: token", token, f"an id in [0, {vocab})")
+    for token in stop_tokens:
+        _require(0 <= token < vocab, "stop_tokens: token", token, f"an id in [0, {vocab})")
+    _require(max_new_tokens >= 1, "max_new_tokens", max_new_tokens, "an integer >= 1")
+    _require(0 <= temperature < float("inf"), "temperature", temperature, "a number >= 0")
+    _require(top_k >= 0, "top_k", top_k, "an integer >= 0")
+    _require(0 < top_p <= 1, "top_p", top_p, "a number in (0, 1]")
+    _require(seed is None or 0 <= seed < 2**63, "seed", seed, "an integer in [0, 2**63), or None")
+    _require(chunk >= 1, "chunk", chunk, "an integer >= 1")
+    if seed is None:
+        seed = torch.Generator().seed() % 2**63
+
+    def choose(logits: Tensor, uniform: Tensor) -> Tensor:
+        return _choose(logits, temperature, top_k, top_p, uniform)
+
+    return _tokens(model, prompts, max_new_tokens, choose, seed, frozenset(stop_tokens), chunk)
+
+
+def _require(ok: bool, name: str, value: object, expected: str) -> None:
+    if not ok:
+        raise ValueError(f"{name} is {value!r}; expected {expected}")
+
+
+@torch.inference_mode()
+def _tokens(
+    model: LanguageModel,
+    prompts: Sequence[Sequence[int]],
+    max_new_tokens: int,
+    choose: Callable[[Tensor, Tensor], Tensor],
+    seed: int,
+    stop_tokens: frozenset[int],
+    chunk: int,
+) -> Generator[list[int | None], None, None]:
+    generators = [torch.Generator().manual_seed(seed + row) for row in range(len(prompts))]
+    running = set(range(len(prompts)))
+    was_training = model.training
+    model.eval()
+    try:
+        hidden, states = _prefill(model, prompts, chunk)
+        groups = [(rows, _join([states[r] for r in rows])) for rows in _alike(states, _shape)]
+        del states
+        for remaining in range(max_new_tokens, 0, -1):
+            logits = model.logits(hidden)
+            _require(not bool(logits.isnan().any()), "a logit", float("nan"), "numbers; the model's weights are broken")
+            # Drawn on the CPU, so that a seed gives one text on every device.
+            uniform = torch.stack([torch.rand((), generator=g, dtype=torch.float64) for g in generators])
+            chosen = choose(logits, uniform.to(logits.device))
+            tokens = chosen.tolist()
+            running -= {row for row in running if tokens[row] in stop_tokens}
+            if not running:
+                return
+            yield [token if row in running else None for row, token in enumerate(tokens)]
+            if remaining > 1:
+                for i, (rows, state) in enumerate(groups):
+                    out, state = model(chosen[rows, None], state)
+                    hidden[rows] = out[:, -1]
+                    groups[i] = (rows, state)
+    finally:
+        model.train(was_training)
+
+
+def _prefill(model: LanguageModel, prompts: Sequence[Sequence[int]], chunk: int) -> tuple[Tensor, list[Any]]:
+    """Read every prompt; returns the hidden states of their last tokens [N, d_model] and one state per prompt.
+
+    All prompts advance together, `chunk` tokens a round. Only pieces of one length share a forward pass: nothing is
+    padded, so each row is what it would be alone.
+    """
+    device = next(model.parameters()).device
+    states: list[Any] = [None] * len(prompts)
+    last: list[Any] = [None] * len(prompts)
+    for start in range(0, max(map(len, prompts)), chunk):
+        pieces = [prompt[start : start + chunk] for prompt in prompts]
+        for rows in _alike(pieces, len):
+            if not pieces[rows[0]]:
+                continue
+            tokens = torch.tensor([list(pieces[r]) for r in rows], device=device)
+            hidden, state = model(tokens, None if start == 0 else _join([states[r] for r in rows]))
+            for i, row in enumerate(rows):
+                last[row], states[row] = hidden[i, -1], _row(state, i)
+    return torch.stack(last), states
+
+
+def _alike(items: Sequence[Any], key: Callable[[Any], Hashable]) -> list[list[int]]:
+    """The indices of `items`, grouped by equal key."""
+    groups: dict[Hashable, list[int]] = {}
+    for index, item in enumerate(items):
+        groups.setdefault(key(item), []).append(index)
+    return list(groups.values())
+
+
+def _shape(state: Any) -> Hashable:
+    """What must agree for states to be joined; only full attention's keys and values grow with the text."""
+    return tuple(tensor.shape for block in state for tensor in block)
+
+
+def _join(states: Sequence[Any]) -> Any:
+    """One state with the rows of all `states`; each is a tuple of blocks, a block a named tuple of [N, ...] tensors."""
+    return tuple(type(blocks[0])(*map(torch.cat, zip(*blocks))) for blocks in zip(*states))
+
+
+def _row(state: Any, row: int) -> Any:
+    return tuple(type(block)(*(tensor[row : row + 1] for tensor in block)) for block in state)
+
+
+def _choose(logits: Tensor, temperature: float, top_k: int, top_p: float, uniform: Tensor) -> Tensor:
+    """Token ids [N] from logits [N, vocab], by inverting the cumulative distribution at `uniform` [N] in [0, 1)."""
+    if temperature == 0:
+        return logits.argmax(-1)
+    # float64: in float32 the cumulative sum over a large vocabulary cannot tell unlikely tokens apart.
+    ordered, ids = logits.double().sort(dim=-1, descending=True, stable=True)
+    if top_k:
+        ordered[:, top_k:] = -torch.inf
+    probabilities = ((ordered - ordered[:, :1]) / temperature).softmax(-1)
+    before = probabilities.cumsum(-1) - probabilities
+    cumulative = probabilities.masked_fill(before >= top_p, 0.0).cumsum(-1)
+    # right=True: the first entry above the drawn height, so an entry of probability 0 is never taken.
+    rank = torch.searchsorted(cumulative, uniform[:, None] * cumulative[:, -1:], right=True)
+    return ids.gather(-1, rank).squeeze(-1)
+
+
+class StopStrings:
+    """Lets text through up to the first stop string, which is dropped; holds back what may yet become one.
+
+    The result depends on the text alone, not on the pieces in which it comes. `stopped` says that one was found.
+    """
+
+    def __init__(self, stops: Sequence[str]) -> None:
+        _require(all(stops), "stop strings", list(stops), "strings that are not empty")
+        self.stops = tuple(stops)
+        self.stopped = False
+        self._held = ""
+
+    def feed(self, text: str) -> str:
+        """The part of the text so far, not yet returned, that is certain to come before any stop string."""
+        if self.stopped:
+            return ""
+        text = self._held + text
+        found = [(at + len(stop), at) for stop in self.stops if (at := text.find(stop)) >= 0]
+        if found:  # the one completed first; of those, the one that began first
+            self.stopped = True
+            cut = min(found)[1]
+        else:
+            starts = range(len(text))
+            cut = next((i for i in starts if any(stop.startswith(text[i:]) for stop in self.stops)), len(text))
+        self._held = "" if self.stopped else text[cut:]
+        return text[:cut]
+
+    def flush(self) -> str:
+        """What was held back, once no more text comes."""
+        held, self._held = self._held, ""
+        return held
+
+
+def generate_text(
+    model: LanguageModel,
+    tokenizer: TextTokenizer,
+    prompts: Sequence[str],
+    max_new_tokens: int,
+    *,
+    temperature: float = 1.0,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    seed: int | None = None,
+    stop_strings: Sequence[str] = (),
+) -> Iterator[list[str]]:
+    """Continue every prompt; yields one list per step, for each prompt its new text, possibly empty.
+
+    A row ends at the end-of-text token or before the first of `stop_strings`, wherever the borders of tokens lie. An
+    empty prompt starts from the end-of-text token. The other arguments, and the errors, are those of `generate`.
+    """
+    ids = [tokenizer.encode(prompt) or [tokenizer.end_of_text] for prompt in prompts]
+    end = [tokenizer.end_of_text]
+    stops = [StopStrings(stop_strings) for _ in prompts]
+    steps = generate(model, ids, max_new_tokens, temperature, top_k, top_p, seed, end)
+    return _texts(steps, [tokenizer.stream() for _ in prompts], stops)
+
+
+def _texts(
+    steps: Generator[list[int | None], None, None], streams: Sequence[TextStream], stops: Sequence[StopStrings]
+) -> Iterator[list[str]]:
+    with closing(steps):  # the model leaves evaluation mode even where the reader stops early
+        for tokens in steps:
+            yield [
+                "" if token is None else stop.feed(stream.feed(token))
+                for token, stream, stop in zip(tokens, streams, stops)
+            ]
+            if all(token is None or stop.stopped for token, stop in zip(tokens, stops)):
+                break
+    yield [stop.feed(stream.flush()) + stop.flush() for stream, stop in zip(streams, stops)]

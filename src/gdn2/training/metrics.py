@@ -1,0 +1,190 @@
+"""What a run says about itself: metrics.jsonl, the terminal, validation, and the gates' statistics."""
+
+import json
+import math
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, ExitStack
+from pathlib import Path
+from types import TracebackType
+from typing import IO, Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from gdn2.data.shards import IGNORE, Batch, TokenBatches
+from gdn2.layers.gates import ChannelGates
+from gdn2.layers.state import DeltaState
+from gdn2.model import LanguageModel
+
+Row = dict[str, Any]
+LARGEST_NATS = 700  # exp of more is no float
+SATURATED = 0.01  # a gate this close to either end of its range hardly passes gradients
+
+
+def language_scores(nats: float, targets: int, text_bytes: float) -> Row:
+    """Mean loss in nats per token, perplexity and bits per byte from sums over `targets` predicted tokens."""
+    loss = nats / targets
+    perplexity = math.exp(loss) if loss < LARGEST_NATS else math.inf
+    return {"loss": loss, "perplexity": perplexity, "bits_per_byte": nats / (math.log(2) * text_bytes)}
+
+
+def validation_batches(batches: TokenBatches, tokens: int) -> Iterator[Batch]:
+    """At most `tokens` of a split in whole windows (one at least), spread evenly over it: the same ones every time."""
+    count = min(batches.windows, max(1, tokens // batches.seq_len))
+    windows = np.linspace(0, batches.windows - 1, count).round().astype(int).tolist()
+    for first in range(0, count, batches.batch):
+        yield batches.read(windows[first : first + batches.batch])
+
+
+@torch.no_grad()
+def validate(
+    model: LanguageModel, batches: TokenBatches, tokens: int, device: torch.device, autocast: AbstractContextManager
+) -> Row:
+    """Scores over about `tokens` validation tokens, and gate and state statistics of the first batch's layers."""
+    was_training = model.training
+    model.eval()
+    nats, targets, text_bytes, layers = 0.0, 0, 0.0, []
+    for batch in validation_batches(batches, tokens):
+        count = int((batch.targets != IGNORE).sum())
+        text_bytes += batches.token_file.bytes_of(batch.targets)
+        batch = batch.to(device)
+        with autocast:
+            nats += float(model.loss(batch.tokens, batch.targets, cu_seqlens=batch.cu_seqlens)) * count
+            if targets == 0:
+                layers = layer_statistics(model, batch)
+        targets += count
+    model.train(was_training)
+    return language_scores(nats, targets, text_bytes) | {"layers": layers}
+
+
+@torch.no_grad()
+def layer_statistics(model: nn.Module, batch: Batch) -> list[Row]:
+    """For each gated mixer, first to last: means of erase, write and decay exp(g), the share of erase and write gates
+    within 0.01 of an end of their range, and the root mean square of the memory after the batch."""
+    seen: list[Row] = []
+
+    def watch(gates: nn.Module, _: Any, output: tuple[Tensor, Tensor, Tensor]) -> None:
+        log_decay, erase, write = output
+        assert isinstance(gates, ChannelGates)
+        share = (erase / gates.largest_erase, write)
+        ends = [((g < SATURATED) | (g > 1 - SATURATED)).float().mean() for g in share]
+        seen.append(
+            {
+                "mean_erase": float(erase.float().mean()),
+                "mean_write": float(write.float().mean()),
+                "mean_decay": float(log_decay.float().exp().mean()),
+                "saturated_erase": float(ends[0]),
+                "saturated_write": float(ends[1]),
+            }
+        )
+
+    with ExitStack() as hooks:
+        for module in model.modules():
+            if isinstance(module, ChannelGates):
+                hooks.callback(module.register_forward_hook(watch).remove)
+        _, states = model(batch.tokens, cu_seqlens=batch.cu_seqlens)
+    memories = [s.memory for s in states if isinstance(s, DeltaState)]
+    return [row | {"state_rms": float(m.float().square().mean().sqrt())} for row, m in zip(seen, memories, strict=True)]
+
+
+class MetricsFile:
+    """metrics.jsonl: one JSON object a line, flushed as it is written; a number that is not finite becomes null."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+
+    def append(self, row: Row) -> None:
+        with self._path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(_finite(row), allow_nan=False) + "\n")
+
+    def cut_after(self, step: int) -> None:
+        """Drop the rows of later steps, and a half-written last line: a resumed run writes them again."""
+        if not self._path.exists():
+            return
+        lines = self._path.read_text(encoding="utf-8").splitlines(keepends=True)
+        kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step]
+        temporary = self._path.with_name(f".{self._path.name}")
+        temporary.write_text("".join(kept), encoding="utf-8")
+        os.replace(temporary, self._path)
+
+
+def read_metrics(run_dir: Path) -> list[Row]:
+    """The rows of a run. ValueError when there are none."""
+    path = run_dir / "metrics.jsonl"
+    if not path.is_file():
+        raise ValueError(f"{str(run_dir)!r} holds no metrics.jsonl; expected the folder of a training run")
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {k: _finite(v) for k, v in value.items()}
+    if isinstance(value, list):
+        return [_finite(v) for v in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+class Display:
+    """The terminal's view: a live bar with loss, speed and time left, or plain lines when it is no terminal."""
+
+    def __init__(self, steps: int, step: int, stream: IO[str] | None = None) -> None:
+        self._stream = stream or sys.stdout
+        self._steps = steps
+        self._bar: Any = None
+        if self._stream.isatty():
+            from rich.console import Console
+            from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+            columns = (TextColumn("train"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[note]}"))
+            end = (TextColumn("ETA"), TimeRemainingColumn(elapsed_when_finished=True))
+            self._bar = Progress(*columns, *end, console=Console(file=self._stream, highlight=False))
+            self._task = self._bar.add_task("train", total=steps, completed=step, note="")
+
+    def __enter__(self) -> "Display":
+        if self._bar is not None:
+            self._bar.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+
+    def advance(self, step: int) -> None:
+        if self._bar is not None:
+            self._bar.update(self._task, completed=step)
+
+    def show(self, row: Row) -> None:
+        """One row of the metrics; on a terminal, training rows only change the bar."""
+        if self._bar is None:
+            print(self._line(row), file=self._stream, flush=True)
+        elif row["kind"] == "train":
+            self._bar.update(self._task, note=_note(row))
+        else:
+            self._bar.console.print(self._line(row), markup=False)
+
+    def _line(self, row: Row) -> str:
+        head = f"step {row['step']}/{self._steps}  "
+        if row["kind"] == "train":
+            left = (self._steps - row["step"]) * row["elapsed"] / row["step"]
+            return f"{head}{_note(row)}  lr {row['lr']:.2e}  grad {row['grad_norm']:.2f}  ETA {_clock(left)}"
+        if row["kind"] == "val":
+            scores = f"perplexity {row['perplexity']:.3f}  {row['bits_per_byte']:.4f} bits per byte"
+            return f"{head}validation: loss {row['loss']:.4f}  {scores}"
+        if row["kind"] == "sample":
+            return f"{head}sample: {row['prompt']}[...]{row['text']}"
+        return f"{head}{row['event']}"
+
+
+def _note(row: Row) -> str:
+    return f"loss {row['loss']:.4f}  {row['bits_per_byte']:.4f} bits per byte  {row['tokens_per_second']:,.0f} tokens/s"
+
+
+def _clock(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"

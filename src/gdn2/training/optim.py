@@ -1,0 +1,42 @@
+"""AdamW's parameter groups and the learning-rate schedule."""
+
+import math
+
+import torch
+from torch import nn
+
+from gdn2.config import OptimConfig
+
+
+def adamw(model: nn.Module, config: OptimConfig) -> torch.optim.AdamW:
+    """AdamW in two groups: matrices (embeddings and convolutions among them) decay, everything else does not.
+
+    No decay for parameters of fewer than two dimensions (norms, biases) and those marked `no_weight_decay`: pulling
+    a gate's or a norm's parameter to zero pulls it to an arbitrary setting, not to a smaller function.
+    """
+    decay: list[nn.Parameter] = []
+    plain: list[nn.Parameter] = []
+    for parameter in model.parameters():
+        exempt = parameter.ndim < 2 or getattr(parameter, "no_weight_decay", False)
+        (plain if exempt else decay).append(parameter)
+    groups = [{"params": decay, "weight_decay": config.weight_decay}, {"params": plain, "weight_decay": 0.0}]
+    return torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, eps=config.eps, fused=True)
+
+
+def learning_rate(config: OptimConfig, tokens: int, total_tokens: int) -> float:
+    """The rate of the step that ends at `tokens` seen, of `total_tokens`; the last step's is lr * min_lr_ratio.
+
+    Linear warm-up to lr; then "cosine" falls over all that is left, "wsd" stays and falls linearly over the last
+    decay_tokens, "constant" stays.
+    """
+    low = config.min_lr_ratio
+    if tokens < config.warmup_tokens:
+        share = tokens / config.warmup_tokens
+    elif config.schedule == "cosine":
+        progress = (tokens - config.warmup_tokens) / (total_tokens - config.warmup_tokens)
+        share = low + (1 - low) * 0.5 * (1 + math.cos(math.pi * progress))
+    elif config.schedule == "wsd" and tokens > total_tokens - config.decay_tokens:
+        share = low + (1 - low) * (total_tokens - tokens) / config.decay_tokens
+    else:
+        share = 1.0
+    return config.lr * share

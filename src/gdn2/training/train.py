@@ -1,0 +1,319 @@
+"""The training loop: one function; what it needs is in the files beside it."""
+
+import math
+import signal
+import threading
+import time
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from types import FrameType, TracebackType
+from typing import IO, Any, NamedTuple
+
+import torch
+
+import gdn2
+from gdn2.config import ConfigError, RunConfig, read_config, require, to_dict, write_config
+from gdn2.data import Batch, Shards, TokenBatches, TokenFile, Tokenizer, load_tokenizer
+from gdn2.data.shards import IGNORE
+from gdn2.generate import generate
+from gdn2.model import LanguageModel
+from gdn2.training import checkpoint
+from gdn2.training.checkpoint import CheckpointError
+from gdn2.training.metrics import Display, MetricsFile, Row, language_scores, validate
+from gdn2.training.optim import adamw, learning_rate
+
+PROMPT_TOKENS = 64  # of the first validation document, continued by each sample
+
+# What a resumed run may change: what is looked at, where the data lies and where the arithmetic runs, never the
+# mathematics. SCHEDULE may change too while the learning rates of the past stay the same (see `check_same`).
+FREE = {f"train.{name}" for name in (
+    "eval_every", "eval_tokens", "sample_every", "sample_tokens", "log_every", "checkpoint_every", "keep_last",
+    "max_bad_steps", "device", "compile",
+)} | {"data.path"}  # fmt: skip
+SCHEDULE = {"train.tokens", "optim.decay_tokens"}
+
+
+class TrainingError(RuntimeError):
+    """Training cannot go on: its numbers have stopped being finite."""
+
+
+class Outcome(NamedTuple):
+    """How a run ended; `interrupted` names the signal that stopped it, `val` is the last validation's row."""
+
+    step: int
+    tokens: int
+    interrupted: str | None
+    val: Row | None
+
+
+@dataclass
+class Counters:
+    """Everything the loop counts; saved in each checkpoint, so that a resumed run reports the same numbers."""
+
+    step: int = 0
+    bad_steps: int = 0
+    bad_in_row: int = 0
+    elapsed: float = 0.0  # seconds of the whole run
+    nats: float = 0.0  # this and what follows: sums since the last training row
+    targets: int = 0
+    text_bytes: float = 0.0
+    tokens: int = 0
+    seconds: float = 0.0
+
+
+def train(config: RunConfig, run_dir: str | Path, resume: bool = False, stream: IO[str] | None = None) -> Outcome:
+    """Train as `config` says, in the folder `run_dir`; with `resume`, go on from its newest checkpoint.
+
+    SIGINT (Ctrl-C) and SIGTERM end it after the current step with a checkpoint; a second one ends it at once. On a CPU
+    a resumed run is bit-identical to one that never stopped. Progress goes to `stream` (standard output).
+
+    ConfigError and ValueError for a configuration, data or folder that cannot be used, before anything is written;
+    CheckpointError for a damaged or unwritable checkpoint; TrainingError when `train.max_bad_steps` steps in a row
+    had a loss or gradient that is not finite (such steps are skipped and counted, the weights stay as they were).
+    """
+    run_dir, optim = Path(run_dir), config.optim
+    device, autocast, precision = resolve_device(config)
+    shards = Shards(config.data.path)
+    tokenizer = load_tokenizer(shards.path)
+    check_vocabulary(config, shards)
+    source = {"train_sha256": shards.meta.sha256["train.bin"], "precision": precision}
+    cut = (config.data.seq_len, config.train.micro_batch, config.seed)
+    batches = TokenBatches(shards.split("train"), *cut, packed=config.data.packed)
+    val_batches = TokenBatches(shards.split("val"), *cut, packed=config.data.packed)
+    start, trainer = open_run(config, run_dir, resume, source)
+
+    torch.manual_seed(config.seed)
+    model = LanguageModel(config.model).to(device)
+    optimizer = adamw(model, optim)
+    counters = Counters()
+    metrics = MetricsFile(run_dir / "metrics.jsonl")
+    if start is not None:
+        checkpoint.load(start, model, optimizer)
+        counters = Counters(**trainer["counters"])
+        batches.load_state_dict(trainer["data"])
+        checkpoint.set_random_state(trainer["random"])
+        metrics.cut_after(counters.step)
+    run_dir.mkdir(parents=True, exist_ok=True)
+    write_config(run_dir, config)
+    if config.train.compile:
+        for block in model.blocks:
+            block.compile()
+    model.train()
+
+    saved_step, last_val = counters.step if start else None, None
+    before, began = counters.elapsed, time.perf_counter()
+    with Display(config.steps, counters.step, stream) as display, StopSignals() as stop:
+
+        def record(kind: str, **values: Any) -> Row:
+            counters.elapsed = before + time.perf_counter() - began
+            place = {"step": counters.step, "tokens": counters.step * config.train.batch_tokens}
+            row = {"kind": kind, **place, "elapsed": counters.elapsed, **values}
+            metrics.append(row)
+            display.show(row)
+            return row
+
+        def save() -> None:
+            values = source | {
+                "step": counters.step,
+                "tokens": counters.step * config.train.batch_tokens,
+                "counters": asdict(counters),
+                "data": batches.state_dict(),
+                "random": checkpoint.random_state(),
+                "versions": {"gdn2": gdn2.__version__, "torch": torch.__version__},
+            }
+            checkpoint.save(run_dir, counters.step, model, optimizer, values, config, tokenizer)
+
+        verb = "resumed" if start else "started"
+        record("event", event=f"{verb}: {model.num_parameters():,} parameters on {device}, {precision}")
+        while counters.step < config.steps and stop.received is None:
+            step_began = time.perf_counter()
+            step_tokens = (counters.step + 1) * config.train.batch_tokens
+            lr = learning_rate(optim, step_tokens, config.steps * config.train.batch_tokens)
+            micro_batches = [next(batches) for _ in range(config.train.batch_tokens // (cut[0] * cut[1]))]
+            targets = sum(count_targets(b) for b in micro_batches)
+            nats = 0.0
+            for batch in micro_batches:
+                with autocast:
+                    on_device = batch.to(device)
+                    loss = model.loss(on_device.tokens, on_device.targets, cu_seqlens=on_device.cu_seqlens)
+                (loss * (count_targets(batch) / targets)).backward()
+                nats += float(loss.detach()) * count_targets(batch)
+            norm = float(torch.nn.utils.clip_grad_norm_(model.parameters(), optim.clip or math.inf))
+            finite = math.isfinite(nats) and math.isfinite(norm)
+            if finite:
+                for group in optimizer.param_groups:
+                    group["lr"] = lr
+                optimizer.step()
+            optimizer.zero_grad()
+            counters.step += 1
+            counters.seconds += time.perf_counter() - step_began
+            counters.tokens += config.train.batch_tokens
+            last = counters.step == config.steps
+
+            if finite:
+                counters.bad_in_row = 0
+                counters.nats += nats
+                counters.targets += targets
+                counters.text_bytes += sum(batches.token_file.bytes_of(b.targets) for b in micro_batches)
+            else:
+                counters.bad_steps += 1
+                counters.bad_in_row += 1
+                what = f"loss {nats / targets}, gradient norm {norm}"
+                record("event", event=f"step skipped, not finite: {what} ({counters.bad_steps} so far)")
+                if counters.bad_in_row >= config.train.max_bad_steps:
+                    raise TrainingError(diverged(run_dir, counters, what))
+            if counters.targets and (counters.step % config.train.log_every == 0 or last):
+                scores = language_scores(counters.nats, counters.targets, counters.text_bytes)
+                speed = counters.tokens / counters.seconds
+                record("train", **scores, lr=lr, grad_norm=norm, tokens_per_second=speed, bad_steps=counters.bad_steps)
+                counters.nats = counters.text_bytes = counters.seconds = 0.0
+                counters.targets = counters.tokens = 0
+            if last or due(counters.step, config.train.eval_every):
+                last_val = record("val", **validate(model, val_batches, config.train.eval_tokens, device, autocast))
+            if due(counters.step, config.train.sample_every):
+                record("sample", **sample(model, val_batches.token_file, tokenizer, config))
+            if last or due(counters.step, config.train.checkpoint_every):
+                save()
+                saved_step = counters.step
+            display.advance(counters.step)
+
+        if stop.received is not None and saved_step != counters.step:
+            save()
+        if counters.step < config.steps:
+            record("event", event=f"stopped by {stop.received}, saved; go on with: gdn2 train --run {run_dir} --resume")
+        else:
+            record("event", event=f"finished: {run_dir}")
+    interrupted = stop.received if counters.step < config.steps else None
+    return Outcome(counters.step, counters.step * config.train.batch_tokens, interrupted, last_val)
+
+
+def resolve_device(config: RunConfig) -> tuple[torch.device, AbstractContextManager, str]:
+    """Device, autocast context and the precision's name. ConfigError for a device that is not here."""
+    name = config.train.device
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    device = torch.device(name)
+    present = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    require(device.type == "cpu" or (device.index or 0) < present, "train.device", name, "a device of this machine")
+    precision = config.train.precision
+    if precision == "auto":
+        precision = "bf16" if device.type == "cuda" else "fp32"
+    if precision == "bf16":
+        return device, torch.autocast(device.type, torch.bfloat16), precision
+    return device, nullcontext(), precision
+
+
+def check_vocabulary(config: RunConfig, shards: Shards) -> None:
+    require(
+        config.model.vocab_size >= shards.meta.vocab_size,
+        "model.vocab_size", config.model.vocab_size,
+        f"at least the {shards.meta.vocab_size} of the data's tokenizer {shards.meta.tokenizer!r}",
+    )  # fmt: skip
+
+
+def open_run(
+    config: RunConfig, run_dir: Path, resume: bool, source: dict[str, str]
+) -> tuple[Path | None, dict[str, Any]]:
+    """The checkpoint to start from, verified, and its trainer values; None and nothing for a new run.
+
+    Touches nothing. ValueError for a new run in a folder that is not empty; CheckpointError when there is nothing to
+    resume or it is damaged; ConfigError when the configuration differs in more than it may.
+    """
+    if not resume:
+        if run_dir.exists() and (not run_dir.is_dir() or any(run_dir.iterdir())):
+            raise ValueError(f"{str(run_dir)!r} is not empty; resume the run in it, or choose another folder")
+        return None, {}
+    found = checkpoint.checkpoints(run_dir)
+    if not found:
+        raise CheckpointError(f"{str(run_dir)!r} holds no checkpoint to resume from")
+    trainer = checkpoint.verify(found[-1])
+    check_same(read_config(found[-1]), config, trainer["step"])
+    for key, now in source.items():
+        if trainer[key] != now:
+            raise ConfigError(f"cannot resume {str(run_dir)!r}: {key} was {trainer[key]}, is {now}")
+    return found[-1], trainer
+
+
+def check_same(old: RunConfig, new: RunConfig, step: int) -> None:
+    """ConfigError when a run with `step` steps done under `old` would not be the same run under `new`.
+
+    What is in FREE may change. The length of the run and of its decay may too, as long as every step done so far
+    would have had the same learning rate: with "constant" always, with "wsd" before the decay, with "cosine" never
+    after the warm-up.
+    """
+    before, after = flatten(to_dict(old)), flatten(to_dict(new))
+    changed = [key for key in before if before[key] != after[key] and key not in FREE]
+    if changed and set(changed) <= SCHEDULE and step <= new.steps and rates(old, step) == rates(new, step):
+        return
+    if changed:
+        lines = "".join(f"\n  {key}: was {before[key]!r}, is {after[key]!r}" for key in changed)
+        raise ConfigError(f"cannot resume with another configuration; put these back or start a new run:{lines}")
+
+
+def flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested keys as dotted ones."""
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        flat |= flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+    return flat
+
+
+def rates(config: RunConfig, steps: int) -> Sequence[float]:
+    """The learning rates of the first `steps` steps."""
+    batch, total = config.train.batch_tokens, config.steps * config.train.batch_tokens
+    return [learning_rate(config.optim, step * batch, total) for step in range(1, steps + 1)]
+
+
+def count_targets(batch: Batch) -> int:
+    return int((batch.targets != IGNORE).sum())
+
+
+def due(step: int, every: int) -> bool:
+    return every > 0 and step % every == 0
+
+
+def sample(model: LanguageModel, token_file: TokenFile, tokenizer: Tokenizer, config: RunConfig) -> Row:
+    """A continuation of the start of the first validation document, drawn with the run's seed."""
+    prompt = [int(t) for t in token_file.tokens[: min(PROMPT_TOKENS, int(token_file.offsets[1]) - 1)]]
+    stop = (tokenizer.end_of_text,)
+    steps = generate(model, [prompt], config.train.sample_tokens, temperature=0.8, seed=config.seed, stop_tokens=stop)
+    ids = [token for (token,) in steps if token is not None]
+    return {"prompt": tokenizer.decode(prompt), "text": tokenizer.decode(ids)}
+
+
+def diverged(run_dir: Path, counters: Counters, what: str) -> str:
+    saved = checkpoint.checkpoints(run_dir)
+    newest = f"the newest checkpoint is {saved[-1]}" if saved else "no checkpoint was written"
+    return (
+        f"stopped at step {counters.step}: {counters.bad_in_row} steps in a row were not finite (the last: {what}); "
+        f"{newest}. A lower optim.lr or longer optim.warmup_tokens may help"
+    )
+
+
+class StopSignals:
+    """Turns the first SIGINT or SIGTERM into a flag, `received`; the next one acts as usual."""
+
+    def __init__(self) -> None:
+        self.received: str | None = None
+        self._previous: dict[signal.Signals, Any] = {}
+
+    def __enter__(self) -> "StopSignals":
+        if threading.current_thread() is threading.main_thread():  # Python lets no other thread set handlers
+            for number in (signal.SIGINT, signal.SIGTERM):
+                self._previous[number] = signal.signal(number, self._handle)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._restore()
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        self.received = signal.Signals(number).name
+        self._restore()
+
+    def _restore(self) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)

@@ -1,0 +1,104 @@
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from gdn2.data.text import NotTextError, Source, find_sources, read_documents
+
+JsonlWriter = Callable[..., Path]
+
+
+def documents(path: Path, field: str = "text") -> list[str]:
+    return list(read_documents(Source(path, explicit=True), field))
+
+
+def test_folder_is_walked_in_sorted_order_without_hidden_entries(texts: Path) -> None:
+    (texts / ".hidden").write_text("x")
+    (texts / ".git").mkdir()
+    (texts / ".git" / "config").write_text("x")
+    names = [s.path.name for s in find_sources([texts])]
+    assert names == [f"{i:02d}.txt" for i in [*range(0, 20, 2), *range(1, 20, 2)]]
+    assert not any(s.explicit for s in find_sources([texts]))
+
+
+def test_stdlib_is_megabytes_of_library_code_without_tests() -> None:
+    paths = [s.path for s in find_sources([], "stdlib")]
+    assert paths == sorted(paths)
+    names = {p.name for p in paths}
+    assert {"argparse.py", "decoder.py"} <= names
+    assert not any({"test", "tests", "site-packages", "idlelib"} & set(p.parts) for p in paths)
+    assert sum(p.stat().st_size for p in paths) > 4_000_000
+
+
+def test_sources_that_cannot_be_read_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="give either files and folders or a corpus"):
+        find_sources([])
+    with pytest.raises(ValueError, match="give either files and folders or a corpus"):
+        find_sources([tmp_path], "stdlib")
+    with pytest.raises(ValueError, match="corpus is 'web'; expected one of stdlib"):
+        find_sources([], "web")
+    with pytest.raises(ValueError, match=r"missing\.txt' does not exist"):
+        find_sources([tmp_path / "missing.txt"])
+    with pytest.raises(ValueError, match="holds no files"):
+        find_sources([tmp_path])
+
+
+def test_text_keeps_every_byte(tmp_path: Path) -> None:
+    path = tmp_path / "a.md"
+    path.write_bytes("a\r\nb\n\nç".encode())
+    assert documents(path) == ["a\r\nb\n\nç"]
+
+
+def test_undecodable_file_is_named_with_its_position(tmp_path: Path) -> None:
+    path = tmp_path / "a.txt"
+    path.write_bytes(b"ab\xff")
+    with pytest.raises(NotTextError, match=r"a\.txt: not UTF-8 text \(invalid start byte at byte 2\)"):
+        documents(path)
+
+
+def test_jsonl_gives_the_field_of_each_line(tmp_path: Path, write_jsonl: JsonlWriter) -> None:
+    path = write_jsonl(tmp_path / "a.jsonl", {"text": "one", "body": "1"}, "", {"text": "twö", "body": "2"})
+    assert documents(path) == ["one", "twö"]
+    assert documents(path, "body") == ["1", "2"]
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("{", "a.jsonl:2: not a line of JSON"),
+        ("[]", "a.jsonl:2: no text in field 'text'"),
+        ('{"text": 3}', "a.jsonl:2: no text in field 'text'"),
+        ('{"other": "x"}', "a.jsonl:2: no text in field 'text'"),
+        ('{"text": "\\ud800"}', "a.jsonl:2: not Unicode text (surrogates not allowed at character 0)"),
+    ],
+)
+def test_bad_line_is_named(tmp_path: Path, line: str, message: str, write_jsonl: JsonlWriter) -> None:
+    with pytest.raises(ValueError, match=re.escape(message)):
+        documents(write_jsonl(tmp_path / "a.jsonl", {"text": "fine"}, line))
+
+
+def test_parquet_gives_the_column(tmp_path: Path) -> None:
+    import pyarrow
+    import pyarrow.parquet
+
+    path = tmp_path / "a.parquet"
+    rows = [f"row {i}" for i in range(600)]  # more than one batch
+    pyarrow.parquet.write_table(pyarrow.table({"text": rows, "n": list(range(600)), "gap": [None, *rows[1:]]}), path)
+    assert documents(path) == rows
+    with pytest.raises(ValueError, match="no column 'body'; expected one of text, n, gap"):
+        documents(path, "body")
+    with pytest.raises(ValueError, match="row 1 of column 'n' is int; expected text"):
+        documents(path, "n")
+    with pytest.raises(ValueError, match="row 1 of column 'gap' is NoneType; expected text"):
+        documents(path, "gap")
+    path.write_bytes(b"PAR0")
+    with pytest.raises(ValueError, match="not a Parquet file"):
+        documents(path)
+
+
+def test_missing_pyarrow_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(__import__("sys").modules, "pyarrow", None)
+    (tmp_path / "a.parquet").touch()
+    with pytest.raises(ValueError, match="needs the package pyarrow"):
+        documents(tmp_path / "a.parquet")

@@ -1,0 +1,85 @@
+"""Each task runs by its name on a real model; results go to a file that is whole or not there."""
+
+import json
+
+import pytest
+import torch
+
+from gdn2.config import ModelConfig
+from gdn2.data import Shards, load_tokenizer, prepare
+from gdn2.evaluation import report, retrieval
+from gdn2.model import LanguageModel
+
+BYTES = load_tokenizer("bytes")
+
+
+@pytest.fixture(scope="module")
+def val(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("text")
+    for i in range(40):
+        (folder / f"{i}.txt").write_text(f"Number {i} of the texts. It has two sentences!")
+    prepare(folder / "shards", [folder], val_share=0.5)
+    return Shards(folder / "shards").split("val")
+
+
+@pytest.fixture(scope="module")
+def model():
+    torch.manual_seed(0)
+    return LanguageModel(ModelConfig(vocab_size=257, d_model=8, mlp_width=8, num_layers=1, num_heads=1, key_dim=8))
+
+
+def run(task, model, val, **changes):
+    settings = {"seq_len": 64, "length": None, "tokens": 128, "samples": 2, "seed": 0, "device": "cpu"}
+    return report.evaluate(task, model, BYTES, val, **settings | changes)
+
+
+@pytest.mark.parametrize("task", report.TASKS)
+def test_every_task_runs_and_makes_a_row(task, model, val):
+    counts = []
+    result = run(task, model, val, progress=lambda *count: counts.append(count))
+    assert counts[-1] == ((128, 128) if task == "perplexity" else (2, 2))
+    assert json.loads(json.dumps(result, allow_nan=False)) == json.loads(json.dumps(result))
+    assert report.table({task: result}).row_count >= 1
+
+
+def test_length_is_that_of_windows_and_needle_prompts(model, val):
+    assert run("perplexity", model, val)["length"] == 64
+    assert run("perplexity", model, val, length=100)["length"] == 100
+    assert run("niah_single_1", model, val, samples=1)["length"] == report.NEEDLE_LENGTH
+    assert run("niah_single_1", model, val, samples=1, length=800)["length"] == 800
+
+
+def test_model_answers_greedily_in_order(model):
+    prompts = [f"ask {i}" for i in range(5)]
+    together = retrieval.greedy(model, BYTES, 6, batch=2)(prompts)
+    assert together == [retrieval.greedy(model, BYTES, 6)([prompt])[0] for prompt in prompts]
+
+
+def test_essays_are_whole_documents_from_the_start(val):
+    documents = [BYTES.decode(val.tokens[a:b].tolist()) for a, b in zip(val.offsets[:3], val.offsets[1:4])]
+    assert retrieval.essays(val, BYTES).split("\n\n")[:3] == documents
+    assert retrieval.essays(val, BYTES, tokens=int(val.offsets[2])) == "\n\n".join(documents[:2])
+    assert retrieval.essays(val, BYTES, tokens=1) == documents[0]
+
+
+def test_unknown_task_is_named(model, val):
+    with pytest.raises(ValueError, match="task is 'recal'; expected one of perplexity, recall, niah_single_1"):
+        run("recal", model, val)
+
+
+def test_results_are_written_whole_and_read_back(tmp_path):
+    path = tmp_path / "eval.json"
+    assert report.read(path) == {}
+    report.write(path, {"recall": {"percent": 50.0}})
+    with pytest.raises(ValueError, match="Out of range float values"):
+        report.write(path, {"recall": {"percent": float("nan")}})
+    assert report.read(path) == {"recall": {"percent": 50.0}}
+    assert list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.parametrize(("text", "message"), [("{", "is not JSON"), ("[]", "holds no results by task")])
+def test_a_file_that_holds_no_results_is_not_overwritten(tmp_path, text, message):
+    path = tmp_path / "eval.json"
+    path.write_text(text)
+    with pytest.raises(ValueError, match=message):
+        report.read(path)

@@ -1,0 +1,267 @@
+"""The commands of the README, in order, on a small text; and what each says to bad input."""
+
+import json
+import os
+import re
+import signal
+import sys
+import threading
+from io import StringIO
+
+import pytest
+
+import gdn2
+from gdn2.cli import main
+from gdn2.evaluation.retrieval import recall_documents
+
+TINY = ["model.d_model=16", "model.mlp_width=16", "model.num_layers=2", "model.num_heads=1", "model.key_dim=8"]
+TINY += ["model.value_dim=8", "model.attention_heads=1", "data.seq_len=32", "train.batch_tokens=128"]
+TINY += ["train.micro_batch=4", "train.tokens=1024", "train.eval_tokens=64", "train.checkpoint_every=4"]
+
+
+def call(*arguments):
+    """The exit code of `gdn2 ARGUMENTS`."""
+    with pytest.raises(SystemExit) as leaving:
+        main([str(a) for a in arguments])
+    return leaving.value.code
+
+
+def refusal(capsys, *arguments):
+    """The line that `gdn2 ARGUMENTS` leaves with, checked to be one, with exit code 2."""
+    assert call(*arguments) == 2
+    out, err = capsys.readouterr()
+    assert err.startswith("gdn2: error: ")
+    assert err.count("\n") == 1
+    assert "Traceback" not in out + err
+    return err.removeprefix("gdn2: error: ").strip()
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("text")
+    for i in range(60):
+        (folder / f"{i}.txt").write_text(f"Number {i} of the texts. It has two sentences!\n")
+    out = folder / "shards"
+    assert call("prepare", folder, "--out", out, "--val-share", 0.3, "--mix-recall", 20, "--mix-needles", 5) == 0
+    return out
+
+
+@pytest.fixture(scope="module")
+def run(shards, tmp_path_factory):
+    run = tmp_path_factory.mktemp("runs") / "first"
+    assert call("train", "--preset", "gdn2-hybrid-tiny", "--run", run, f"data.path={shards}", *TINY) == 0
+    return run
+
+
+def test_version(capsys):
+    assert call("--version") == 0
+    assert capsys.readouterr().out == f"gdn2 {gdn2.__version__}\n"
+
+
+@pytest.mark.parametrize("command", ["prepare", "train", "eval", "generate", "info", "plot"])
+def test_help_has_an_example_that_keeps_its_line(capsys, command):
+    assert call(command, "--help") == 0
+    lines = [line.strip() for line in capsys.readouterr().out.splitlines()]
+    assert any(line.startswith(f"gdn2 {command} ") for line in lines)
+
+
+def test_help_lists_every_command(capsys):
+    assert call("--help") == 0
+    out = capsys.readouterr().out
+    assert all(f"\n  {command} " in out for command in ["prepare", "train", "eval", "generate", "info", "plot"])
+    assert "--install-completion" in out
+
+
+def test_prepare_mixes_in_recall_and_needle_documents(shards):
+    meta = json.loads((shards / "meta.json").read_text())
+    assert meta["train"]["documents"] + meta["val"]["documents"] == 85
+    assert meta["sources"][1:] == ["20 recall documents", "5 needle documents"]
+    text = b"".join((shards / f"{split}.bin").read_bytes()[::2] for split in ("train", "val"))  # uint16: byte, 0
+    assert text.count(b"of the texts.") == 60
+    assert text.count(b"special magic number for") == 10
+    assert next(recall_documents(20, 0)).encode() in text
+
+
+def test_eval_shows_and_keeps_results(run, capsys):
+    assert call("eval", run, "--tasks", "perplexity,recall", "--samples", 4) == 0
+    out = capsys.readouterr().out
+    assert "bits/byte" in out
+    assert "chance 25.0 %" in out
+    first = json.loads((run / "eval.json").read_text())
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    validation = [row for row in rows if row["kind"] == "val"][-1]
+    # The same windows as training's last validation; float32 sums over batches of another size.
+    assert first["perplexity"]["nats"] == pytest.approx(validation["loss"], rel=1e-5)
+    assert first["perplexity"]["bits_per_byte"] == pytest.approx(validation["bits_per_byte"], rel=1e-5)
+    assert first["perplexity"]["length"] == 32
+    assert first["perplexity"]["checkpoint"] == "step_00000008"
+    assert 0 <= first["recall"]["percent"] <= 100
+    # Another call adds its tasks, and longer windows than the training's are fine.
+    assert call("eval", run, "--tasks", "perplexity", "--length", 100, "--tokens", 50) == 0
+    second = json.loads((run / "eval.json").read_text())
+    assert second["perplexity"]["length"] == 100
+    assert second["recall"] == first["recall"]
+
+
+def test_eval_asks_for_needles(run, capsys):
+    assert call("eval", run, "--tasks", "niah_single_2", "--length", 700, "--samples", 2) == 0
+    assert "2 prompts of 700 tokens" in " ".join(capsys.readouterr().out.split())
+
+
+def test_generate_continues_and_repeats_under_a_seed(run, capsys):
+    texts = []
+    for seed in (1, 1, 2):
+        assert call("generate", run, "--prompt", "Number ", "--tokens", 30, "--seed", seed) == 0
+        texts.append(capsys.readouterr().out)
+    assert texts[0].startswith("Number ")
+    assert texts[0] == texts[1] != texts[2]
+
+
+def test_generate_takes_several_prompts_and_a_file(run, tmp_path, capsys):
+    (tmp_path / "story.txt").write_text("a story")
+    prompts = ["--prompt", "one", "--prompt", "two", "--prompt-file", tmp_path / "story.txt"]
+    assert call("generate", run, *prompts, "--tokens", 4, "--temperature", 0) == 0
+    out = capsys.readouterr().out
+    for number, prompt in enumerate(["one", "two", "a story"], 1):
+        assert f"--- {number} of 3 ---\n{prompt}" in out
+
+
+def test_generate_reads_standard_input(run, capsys, monkeypatch):
+    monkeypatch.setattr(sys, "stdin", StringIO("from a pipe"))
+    assert call("generate", run, "--tokens", 4) == 0
+    assert capsys.readouterr().out.startswith("from a pipe")
+
+
+def test_generate_names_a_file_that_is_not_text(run, tmp_path, capsys):
+    (tmp_path / "picture.png").write_bytes(b"\x89PNG")
+    message = refusal(capsys, "generate", run, "--prompt-file", tmp_path / "picture.png")
+    assert message == f"{str(tmp_path / 'picture.png')!r} is not UTF-8 text"
+
+
+def test_generate_stops_before_a_string(run, capsys):
+    everything = [argument for byte in range(128) for argument in ("--stop", chr(byte))]
+    assert call("generate", run, "--prompt", "abc", "--tokens", 50, "--seed", 0, *everything) == 0
+    assert all(ord(character) > 127 for character in capsys.readouterr().out[3:-1])
+
+
+def test_info_of_a_preset_and_of_a_run(run, capsys):
+    assert call("info", "gdn2-1.3b") == 0
+    assert "1,302,638,112" in capsys.readouterr().out
+    assert call("info", run, "--context", 64) == 0
+    assert "for sequences of 64 tokens" in capsys.readouterr().out
+
+
+def test_plot_draws_a_picture(run, tmp_path, capsys):
+    for arguments, path in (([], run / "plot.png"), (["--out", tmp_path / "loss.png"], tmp_path / "loss.png")):
+        assert call("plot", run, *arguments) == 0
+        assert path.read_bytes().startswith(b"\x89PNG")
+        assert str(path) in capsys.readouterr().out
+
+
+def test_resume_goes_on_and_takes_overrides(shards, tmp_path, capsys):
+    run = tmp_path / "run"
+    arguments = ["train", "--preset", "gdn2-tiny", "--run", run, f"data.path={shards}", *TINY]
+    assert call(*arguments, "optim.schedule=constant") == 0
+    assert call("train", "--run", run, "--resume", "train.tokens=1152") == 0
+    assert call("train", "--run", run, "--resume", "train.tokens=1280") == 0
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert rows[-1]["step"] == 10
+    assert sum("resumed" in row.get("event", "") for row in rows) == 2
+
+
+def test_train_takes_a_file(shards, tmp_path):
+    config = tmp_path / "config.yaml"
+    config.write_text(f"preset: gdn2-tiny\nseed: 3\ndata: {{path: {shards}}}\n")
+    run = tmp_path / "run"
+    assert call("train", config, "--run", run, *TINY, "train.tokens=128") == 0
+    assert "seed: 3" in (run / "config.yaml").read_text()
+
+
+def test_interrupted_training_is_saved_and_leaves_with_0(shards, tmp_path, capsys):
+    run = tmp_path / "run"
+    arguments = ["train", "--preset", "gdn2-tiny", "--run", run, f"data.path={shards}", *TINY, "train.tokens=100000000"]
+
+    def interrupt():
+        while not (run / "metrics.jsonl").exists():
+            pass
+        os.kill(os.getpid(), signal.SIGINT)
+
+    watcher = threading.Thread(target=interrupt)
+    watcher.start()
+    assert call(*arguments) == 0
+    watcher.join()
+    (command,) = re.findall(r"go on with: gdn2 (.*)", capsys.readouterr().out)
+    assert call(*command.split(), "optim.lr=1") == 2  # the command finds the checkpoint, and compares with it
+    assert "optim.lr: was 0.0004, is 1.0" in capsys.readouterr().err
+    assert list((run / "checkpoints").iterdir())
+
+
+def test_diverged_training_leaves_with_1(shards, tmp_path, capsys):
+    arguments = ["train", "--preset", "gdn2-tiny", "--run", tmp_path / "run", f"data.path={shards}", *TINY]
+    assert call(*arguments, "optim.lr=1e30", "optim.clip=0", "train.max_bad_steps=2") == 1
+    err = capsys.readouterr().err
+    assert err.startswith("gdn2: error: stopped at step")
+    assert err.count("\n") == 1
+
+
+def test_prepare_refuses(shards, tmp_path, capsys):
+    assert "exists already" in refusal(capsys, "prepare", "--corpus", "stdlib", "--out", shards)
+    assert "either files and folders or a corpus" in refusal(capsys, "prepare", "--out", tmp_path / "new")
+    assert "does not exist" in refusal(capsys, "prepare", tmp_path / "none", "--out", tmp_path / "new")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "no model was chosen; expected a configuration file, --preset, or --resume"),
+        (["a.yaml", "b.yaml"], "configurations a.yaml, b.yaml; expected one file, and overrides as key=value"),
+        (["none.yaml"], "configuration 'none.yaml' cannot be read"),
+        (["--resume"], "config.yaml' cannot be read"),
+        (["--resume", "--preset", "gdn2-tiny"], "--resume takes the run's own configuration"),
+        (["--preset", "gdn3"], "preset is 'gdn3'; expected one of"),
+        (["--preset", "gdn2-tiny", "model.depth=3"], "unknown key model.depth"),
+        (["--preset", "gdn2-tiny", "data.path=nowhere"], "'nowhere' is no folder of token shards"),
+    ],
+)
+def test_train_refuses_before_anything_is_written(tmp_path, capsys, arguments, message):
+    run = tmp_path / "run"
+    assert message in refusal(capsys, "train", "--run", run, *arguments)
+    assert not run.exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["eval", "RUN", "--tasks", "recal"], "task is 'recal'; expected one of"),
+        (["eval", "RUN", "--tasks", "niah_single_1", "--length", "50"], "length is 50 tokens; expected at least"),
+        (["eval", "RUN", "--data", "nowhere"], "'nowhere' is no folder of token shards"),
+        (["eval", "nowhere"], "'nowhere' holds no checkpoint"),
+        (["eval", "RUN", "--device", "cuda:99"], "train.device is 'cuda:99'; expected a device of this machine"),
+        (["generate", "nowhere", "--prompt", "a"], "'nowhere' holds no checkpoint"),
+        (["generate", "RUN", "--prompt", "a", "--temperature", "-1"], "temperature is -1.0; expected a number >= 0"),
+        (["generate", "RUN", "--prompt", "a", "--tokens", "0"], "max_new_tokens is 0"),
+        (["generate", "RUN", "--prompt-file", "none.txt"], "none.txt"),
+        (["plot", "nowhere"], "'nowhere' holds no metrics.jsonl"),
+        (["info", "gdn3"], "preset is 'gdn3'; expected one of"),
+        (["info", "gdn2-tiny", "--context", "0"], "context is 0"),
+    ],
+)
+def test_bad_input_is_one_line(run, capsys, arguments, message):
+    assert message in refusal(capsys, *[run if a == "RUN" else a for a in arguments])
+
+
+def test_eval_refuses_text_of_another_tokenizer(run, shards, tmp_path, capsys):
+    other = tmp_path / "other"
+    other.mkdir()
+    for file in shards.iterdir():
+        (other / file.name).write_bytes(file.read_bytes())
+    meta = json.loads((other / "meta.json").read_text())
+    (other / "meta.json").write_text(json.dumps(meta | {"vocab_size": 300}))
+    message = refusal(capsys, "eval", run, "--data", other)
+    assert "has a vocabulary of 300 tokens, the model's tokenizer 257" in message
+
+
+def test_usage_errors_leave_with_2(capsys):
+    assert call("prepare", "--ou", "x") == 2
+    assert call("dance") == 2
+    assert "Traceback" not in capsys.readouterr().err

@@ -1,0 +1,177 @@
+import io
+import json
+import math
+from collections.abc import Callable
+from contextlib import nullcontext
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from gdn2.config import RunConfig
+from gdn2.data import Shards, TokenBatches
+from gdn2.data.shards import Batch
+from gdn2.layers import GatedDeltaNet2
+from gdn2.layers.gates import ChannelGates
+from gdn2.model import LanguageModel
+from gdn2.training.metrics import (
+    Display,
+    MetricsFile,
+    language_scores,
+    layer_statistics,
+    read_metrics,
+    validate,
+    validation_batches,
+)
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def model(make_config: Callable[..., RunConfig]) -> LanguageModel:
+    torch.manual_seed(0)
+    return LanguageModel(make_config("model.num_layers=4").model)
+
+
+def test_scores_of_a_uniform_guess() -> None:
+    scores = language_scores(10 * math.log(256), 10, 10)
+    assert scores["perplexity"] == pytest.approx(256)
+    assert scores["bits_per_byte"] == pytest.approx(8)
+
+
+def test_scores_of_a_huge_loss_do_not_fail() -> None:
+    assert language_scores(1e6, 1, 1)["perplexity"] == math.inf
+
+
+def test_validation_windows_are_spread_and_the_same_each_time(shards: Path) -> None:
+    batches = TokenBatches(Shards(shards).split("val"), 32, 4, seed=0)
+    first = [b.tokens for b in validation_batches(batches, 32 * 10)]
+    assert [len(t) for t in first] == [4, 4, 2]
+    next(batches)
+    assert all(torch.equal(a, b.tokens) for a, b in zip(first, validation_batches(batches, 32 * 10)))
+    tokens = torch.from_numpy(batches.token_file.tokens.astype(np.int64))
+    assert torch.equal(first[0][0], tokens[:32])
+    start = (batches.windows - 1) * 32
+    assert torch.equal(first[-1][-1], tokens[start : start + 32])
+    whole = [b.tokens for b in validation_batches(batches, 10**9)]
+    assert torch.equal(torch.cat(whole).flatten(), tokens[: batches.windows * 32])
+    assert len(next(validation_batches(batches, 1)).tokens) == 1
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_validation_loss_is_the_mean_over_all_targets(model: LanguageModel, shards: Path, packed: bool) -> None:
+    batches = TokenBatches(Shards(shards).split("val"), 32, 3, seed=0, packed=packed)
+    row = validate(model, batches, 32 * 8, CPU, nullcontext())
+    nats, count, size = 0.0, 0, 0.0
+    for b in validation_batches(batches, 32 * 8):
+        nats += float(model.loss(b.tokens, b.targets, b.cu_seqlens, reduction="none").detach().sum())
+        count += int((b.targets >= 0).sum())
+        size += int(((b.targets >= 0) & (b.targets < 256)).sum())
+    assert row["loss"] == pytest.approx(nats / count, rel=1e-6)  # float32 sums in another order
+    assert row["bits_per_byte"] == pytest.approx(nats / size / math.log(2), rel=1e-6)
+    assert model.training
+    assert len(row["layers"]) == 2
+
+
+def test_layer_statistics_are_those_of_the_gates(model: LanguageModel) -> None:
+    for module in model.modules():
+        if isinstance(module, ChannelGates):  # constant gates: erase 1/2, write saturated, no decay
+            torch.nn.init.zeros_(module.erase.weight)
+            torch.nn.init.zeros_(module.write.weight)
+            module.decay.rate.data.fill_(-100.0)
+    tokens = torch.randint(257, (2, 12))
+    rows = layer_statistics(model, Batch(tokens, tokens, None))
+    assert len(rows) == sum(isinstance(m, GatedDeltaNet2) for m in model.modules()) == 2
+    with torch.no_grad():
+        _, states = model(tokens)
+    for row, state in zip(rows, states[::2]):
+        assert (row["mean_erase"], row["mean_write"], row["mean_decay"]) == (0.5, 0.5, 1.0)
+        assert (row["saturated_erase"], row["saturated_write"]) == (0.0, 0.0)
+        assert row["state_rms"] == pytest.approx(float(state.memory.square().mean().sqrt()))
+        assert row["state_rms"] > 0
+    assert not any(m._forward_hooks for m in model.modules())
+
+
+def test_saturation_is_counted_on_either_end_and_doubled_gates_by_their_range() -> None:
+    from gdn2.training import metrics
+
+    class Fixed(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.gates = ChannelGates(4, 1, 1, 4, 4, negative_eigenvalues=True)
+            self.gates.forward = lambda x: (torch.zeros(4), torch.tensor([0.001, 1.0, 1.999, 1.0]), torch.ones(4))  # type: ignore[method-assign]
+
+        def forward(self, tokens: torch.Tensor, cu_seqlens: None) -> tuple[None, tuple[object, ...]]:
+            self.gates(tokens)
+            state = metrics.DeltaState(tokens, tokens, tokens, torch.full((1, 1, 2, 2), 3.0))
+            return None, (state,)
+
+    tokens = torch.zeros(1, 1)
+    (row,) = layer_statistics(Fixed(), Batch(tokens, tokens, None))
+    assert (row["saturated_erase"], row["saturated_write"]) == (0.5, 1.0)
+    assert row["state_rms"] == 3.0
+
+
+def test_rows_are_json_and_non_finite_numbers_null(tmp_path: Path) -> None:
+    file = MetricsFile(tmp_path / "metrics.jsonl")
+    file.append({"kind": "val", "step": 1, "loss": math.inf, "layers": [{"x": math.nan}]})
+    assert read_metrics(tmp_path) == [{"kind": "val", "step": 1, "loss": None, "layers": [{"x": None}]}]
+
+
+def test_rows_after_a_step_and_half_lines_are_cut(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    MetricsFile(path).cut_after(3)  # nothing there yet
+    path.write_text("".join(json.dumps({"step": i}) + "\n" for i in range(6)) + '{"step": 3')
+    MetricsFile(path).cut_after(3)
+    assert read_metrics(tmp_path) == [{"step": i} for i in range(4)]
+
+
+def test_folder_without_metrics_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"holds no metrics\.jsonl; expected the folder of a training run"):
+        read_metrics(tmp_path)
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+ROWS = [
+    {"kind": "event", "step": 0, "event": "started"},
+    {"kind": "train", "step": 5, "loss": 1.5, "bits_per_byte": 2.25, "tokens_per_second": 1234.0, "lr": 1e-3,
+     "grad_norm": 0.5, "elapsed": 10.0},
+    {"kind": "val", "step": 5, "loss": 1.25, "perplexity": 3.49, "bits_per_byte": 1.8},
+    {"kind": "sample", "step": 5, "prompt": "def [bold]", "text": "main"},
+]  # fmt: skip
+
+
+def shown(stream: io.StringIO) -> str:
+    with Display(20, 0, stream) as display:
+        for row in ROWS:
+            display.show(row)
+            display.advance(row["step"])  # type: ignore[arg-type]
+    return stream.getvalue()
+
+
+def test_plain_lines_tell_loss_speed_and_time_left() -> None:
+    lines = shown(io.StringIO()).splitlines()
+    assert lines[0] == "step 0/20  started"
+    assert lines[1].startswith("step 5/20  loss 1.5000  2.2500 bits per byte  1,234 tokens/s")
+    assert lines[1].endswith("ETA 0:30")  # 15 steps at 2 s
+    assert "perplexity 3.490" in lines[2]
+    assert "\x1b" not in "".join(lines)
+
+
+def test_terminal_has_a_live_bar_and_keeps_text_verbatim() -> None:
+    text = shown(Terminal())
+    assert "5/20" in text
+    assert "1,234 tokens/s" in text
+    assert "def [bold]" in text
+    assert "ETA" in text
+
+
+def test_long_times_left_are_in_hours() -> None:
+    stream = io.StringIO()
+    Display(1000, 0, stream).show(ROWS[1] | {"elapsed": 100.0})
+    assert stream.getvalue().rstrip().endswith("ETA 5:31:40")

@@ -1,0 +1,76 @@
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from gdn2.config import OptimConfig
+from gdn2.presets import preset
+from gdn2.training.optim import adamw, learning_rate
+
+WARMUP, TOTAL = 100, 1000
+
+
+def rate(schedule: str, tokens: int, **more: float) -> float:
+    config = OptimConfig(lr=2.0, min_lr_ratio=0.1, schedule=schedule, warmup_tokens=WARMUP, **more)  # type: ignore[arg-type]
+    return learning_rate(config, tokens, TOTAL)
+
+
+@pytest.mark.parametrize("schedule", ["cosine", "wsd", "constant"])
+def test_warmup_is_linear_and_never_zero(schedule: str) -> None:
+    assert rate(schedule, 1) == pytest.approx(0.02)
+    assert rate(schedule, 50) == pytest.approx(1.0)
+    assert rate(schedule, WARMUP) == 2.0
+
+
+def test_cosine_passes_its_middle_and_ends_at_the_minimum() -> None:
+    assert rate("cosine", (WARMUP + TOTAL) // 2) == pytest.approx(2 * 0.55)  # the mean of 1 and 0.1
+    assert rate("cosine", TOTAL) == pytest.approx(0.2)
+    values = [rate("cosine", t) for t in range(WARMUP, TOTAL + 1)]
+    assert values == sorted(values, reverse=True)
+
+
+def test_wsd_stays_and_then_falls_linearly() -> None:
+    assert rate("wsd", 800, decay_tokens=200) == 2.0
+    assert rate("wsd", 900, decay_tokens=200) == pytest.approx(2 * 0.55)
+    assert rate("wsd", TOTAL, decay_tokens=200) == pytest.approx(0.2)
+    assert rate("wsd", TOTAL) == 2.0  # without a decay
+
+
+def test_constant_stays() -> None:
+    assert rate("constant", TOTAL) == 2.0
+
+
+def test_no_warmup_starts_at_the_peak() -> None:
+    assert learning_rate(OptimConfig(lr=2.0, schedule="constant"), 1, TOTAL) == 2.0
+    assert learning_rate(OptimConfig(lr=2.0, min_lr_ratio=0.0), TOTAL, TOTAL) == pytest.approx(0, abs=1e-15)
+
+
+def test_only_matrices_decay() -> None:
+    from gdn2.model import LanguageModel
+
+    with torch.device("meta"):
+        model = LanguageModel(preset("gdn2-hybrid-tiny"))
+    optimizer = adamw(model.to_empty(device="cpu"), OptimConfig(weight_decay=0.3))
+    decay = {id(p): group["weight_decay"] for group in optimizer.param_groups for p in group["params"]}
+    for name, parameter in model.named_parameters():
+        exempt = parameter.ndim < 2 or getattr(parameter, "no_weight_decay", False)
+        assert decay[id(parameter)] == (0.0 if exempt else 0.3), name
+    assert set(decay.values()) == {0.0, 0.3}
+    assert len(decay) == len(list(model.parameters()))
+
+
+def test_marked_matrix_is_exempt() -> None:
+    model = nn.Linear(3, 3)
+    model.weight.no_weight_decay = True  # type: ignore[assignment]
+    assert adamw(model, OptimConfig()).param_groups[0]["params"] == []
+
+
+def test_decay_shrinks_matrices_alone() -> None:
+    model = nn.Linear(3, 3)
+    before = model.weight.detach().clone(), model.bias.detach().clone()
+    for p in model.parameters():
+        p.grad = torch.zeros_like(p)
+    adamw(model, OptimConfig(lr=0.1, weight_decay=0.5)).step()
+    torch.testing.assert_close(model.weight, before[0] * (1 - 0.1 * 0.5), rtol=2 * math.ulp(1) * 2**29, atol=0)
+    assert torch.equal(model.bias, before[1])

@@ -1,0 +1,400 @@
+import importlib
+import io
+import math
+import os
+import shutil
+import signal
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from gdn2.config import ConfigError, RunConfig, read_config
+from gdn2.data import TokenBatches, prepare
+from gdn2.model import LanguageModel
+from gdn2.training import CheckpointError, Outcome, TrainingError, checkpoint, train
+
+module = importlib.import_module("gdn2.training.train")  # the package's name for it is the function
+MakeConfig = Callable[..., RunConfig]
+RowsOf = Callable[[Path], list[dict[str, Any]]]
+
+CLOCK = {"elapsed", "tokens_per_second"}
+
+
+def quiet(config: RunConfig, run_dir: Path, resume: bool = False) -> Outcome:
+    return train(config, run_dir, resume, stream=io.StringIO())
+
+
+def reproducible(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The rows that a resumed run must repeat, without what a clock gave."""
+    return [{k: v for k, v in row.items() if k not in CLOCK} for row in rows if row["kind"] != "event"]
+
+
+def tensors(run_dir: Path, step: int) -> dict[str, torch.Tensor]:
+    folder = run_dir / "checkpoints" / f"step_{step:08d}"
+    return {
+        f"{name} {key}": value
+        for name in ("model", "optimizer")
+        for key, value in load_file(folder / f"{name}.safetensors").items()
+    }
+
+
+def assert_same_run(a: Path, b: Path, step: int, rows_of: RowsOf) -> None:
+    first, second = tensors(a, step), tensors(b, step)
+    assert first.keys() == second.keys()
+    assert all(torch.equal(first[k], second[k]) for k in first)
+    assert reproducible(rows_of(a)) == reproducible(rows_of(b))
+
+
+@pytest.fixture
+def on_batch(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[int, Callable[[], None]], None]]:
+    """Call something when the n-th micro-batch is drawn."""
+    plain = TokenBatches.__next__
+
+    def register(number: int, action: Callable[[], None]) -> None:
+        drawn = 0
+
+        def draw(self: TokenBatches) -> Any:
+            nonlocal drawn
+            drawn += 1
+            if drawn == number:
+                action()
+            return plain(self)
+
+        monkeypatch.setattr(TokenBatches, "__next__", draw)
+
+    yield register
+    monkeypatch.setattr(TokenBatches, "__next__", plain)
+
+
+@pytest.mark.parametrize("packed", ["false", "true"])
+def test_resumed_run_is_bit_identical(make_config: MakeConfig, tmp_path: Path, packed: str, rows_of: RowsOf) -> None:
+    config = make_config(f"data.packed={packed}")
+    quiet(config, tmp_path / "whole")
+    shutil.copytree(tmp_path / "whole", tmp_path / "parts")
+    shutil.rmtree(tmp_path / "parts" / "checkpoints" / "step_00000020")
+    outcome = quiet(config, tmp_path / "parts", resume=True)
+    assert outcome.step == config.steps == 20
+    assert_same_run(tmp_path / "whole", tmp_path / "parts", 20, rows_of)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_signal_saves_and_resume_goes_on_exactly(
+    make_config: MakeConfig,
+    tmp_path: Path,
+    number: signal.Signals,
+    rows_of: RowsOf,
+    on_batch: Callable[[int, Callable[[], None]], None],
+) -> None:
+    config = make_config()
+    quiet(config, tmp_path / "whole")
+    handlers = signal.getsignal(number)
+    on_batch(2 * 7, lambda: os.kill(os.getpid(), number))  # two micro-batches a step: within the seventh
+    out = io.StringIO()
+    outcome = train(config, tmp_path / "parts", stream=out)
+    assert (outcome.step, outcome.tokens, outcome.interrupted) == (7, 7 * 128, number.name)
+    assert (
+        f"stopped by {number.name}, saved; go on with: gdn2 train --run {tmp_path / 'parts'} --resume" in out.getvalue()
+    )
+    assert [p.name for p in checkpoint.checkpoints(tmp_path / "parts")] == ["step_00000007"]
+    assert signal.getsignal(number) == handlers
+    assert quiet(config, tmp_path / "parts", resume=True).interrupted is None
+    assert_same_run(tmp_path / "whole", tmp_path / "parts", 20, rows_of)
+
+
+def test_second_signal_ends_at_once(
+    make_config: MakeConfig, tmp_path: Path, on_batch: Callable[[int, Callable[[], None]], None]
+) -> None:
+    def twice() -> None:
+        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    on_batch(3, twice)
+    with pytest.raises(KeyboardInterrupt):
+        quiet(make_config(), tmp_path / "run")
+
+
+def test_rows_written_after_the_checkpoint_are_replaced(
+    make_config: MakeConfig,
+    tmp_path: Path,
+    rows_of: RowsOf,
+    on_batch: Callable[[int, Callable[[], None]], None],
+) -> None:
+    """A crash at step 17 leaves rows up to 15 and half a line, but a checkpoint of step 10."""
+    config = make_config()
+    quiet(config, tmp_path / "whole")
+
+    def crash() -> None:
+        raise MemoryError
+
+    on_batch(2 * 17, crash)
+    with pytest.raises(MemoryError):
+        quiet(config, tmp_path / "parts")
+    with (tmp_path / "parts" / "metrics.jsonl").open("a") as file:
+        file.write('{"kind": "tra')
+    quiet(config, tmp_path / "parts", resume=True)
+    assert_same_run(tmp_path / "whole", tmp_path / "parts", 20, rows_of)
+
+
+def test_loss_falls_and_rows_are_complete(make_config: MakeConfig, tmp_path: Path, rows_of: RowsOf) -> None:
+    config = make_config("train.tokens=7680", "train.sample_every=30", "train.sample_tokens=8")
+    outcome = quiet(config, tmp_path / "run")
+    rows = rows_of(tmp_path / "run")
+    training = [row for row in rows if row["kind"] == "train"]
+    assert [row["step"] for row in training] == list(range(3, 61, 3))
+    assert training[-1]["loss"] < training[0]["loss"] - 1  # 257 classes start near 5.5 nats; these words need about 1
+    assert set(training[0]) == {
+        "kind", "step", "tokens", "elapsed", "loss", "perplexity", "bits_per_byte", "lr", "grad_norm",
+        "tokens_per_second", "bad_steps",
+    }  # fmt: skip
+    val = [row for row in rows if row["kind"] == "val"]
+    assert [row["step"] for row in val] == [10, 20, 30, 40, 50, 60]
+    assert outcome.val == val[-1]
+    assert val[-1]["perplexity"] == pytest.approx(math.exp(val[-1]["loss"]))
+    assert len(val[-1]["layers"]) == 1  # one mixer, one attention block
+    samples = [row for row in rows if row["kind"] == "sample"]
+    assert [row["step"] for row in samples] == [30, 60]
+    assert samples[0]["prompt"]
+    assert training[-1]["lr"] == pytest.approx(config.optim.lr * config.optim.min_lr_ratio)
+
+
+def test_accumulation_matches_one_large_batch(make_config: MakeConfig, tmp_path: Path, rows_of: RowsOf) -> None:
+    """Packed, micro-batches hold different numbers of targets: only a mean over all targets agrees."""
+    runs = []
+    for size in (1, 4):
+        config = make_config("data.packed=true", f"train.micro_batch={size}", "train.tokens=640", "train.log_every=1")
+        quiet(config, tmp_path / str(size))
+        runs.append(tensors(tmp_path / str(size), 5))
+    losses = [[r["loss"] for r in rows_of(tmp_path / d) if r["kind"] == "train"] for d in ("1", "4")]
+    # float32 sums in another order: 5 steps of rounding, each about 1e-7 relative
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    "change", ["train.eval_every=7", "train.log_every=2", "train.keep_last=1", "train.device=auto"]
+)
+def test_resume_may_change_what_is_looked_at(make_config: MakeConfig, tmp_path: Path, change: str) -> None:
+    config = make_config()
+    quiet(config, tmp_path / "run")
+    shutil.rmtree(tmp_path / "run" / "checkpoints" / "step_00000020")
+    assert quiet(make_config(change), tmp_path / "run", resume=True).step == 20
+    assert read_config(tmp_path / "run") == make_config(change)
+
+
+def test_resume_with_another_configuration_is_refused_with_the_difference(
+    make_config: MakeConfig, tmp_path: Path
+) -> None:
+    quiet(make_config(), tmp_path / "run")
+    before = sorted(p.read_bytes() for p in (tmp_path / "run").rglob("*") if p.is_file())
+    with pytest.raises(ConfigError, match=r"\n  optim\.lr: was 0\.01, is 0\.002\n  seed: was 7, is 8$"):
+        quiet(make_config("optim.lr=2e-3", "seed=8"), tmp_path / "run", resume=True)
+    assert sorted(p.read_bytes() for p in (tmp_path / "run").rglob("*") if p.is_file()) == before
+
+
+def test_length_may_change_only_while_past_rates_stay(make_config: MakeConfig) -> None:
+    def may(step: int, *new: str, old: tuple[str, ...]) -> bool:
+        try:
+            module.check_same(make_config(*old), make_config(*old, *new), step)
+        except ConfigError:
+            return False
+        return True
+
+    longer, shorter = "train.tokens=5120", "train.tokens=1280"  # 40 and 10 steps instead of 20
+    constant, wsd, cosine = ("optim.schedule=constant",), ("optim.schedule=wsd", "optim.decay_tokens=640"), ()
+    assert may(20, longer, old=constant)
+    assert may(5, shorter, old=constant)
+    assert not may(11, shorter, old=constant)  # it is past its new end
+    assert may(15, longer, old=wsd)
+    assert not may(16, longer, old=wsd)  # the decay has begun
+    assert not may(3, longer, old=cosine)
+    assert may(2, longer, old=cosine)  # still warming up
+
+
+def test_longer_constant_run_is_the_run_it_would_have_been(make_config: MakeConfig, tmp_path: Path) -> None:
+    constant = "optim.schedule=constant"
+    quiet(make_config(constant), tmp_path / "long")
+    quiet(make_config(constant, "train.tokens=1280"), tmp_path / "grown")
+    quiet(make_config(constant), tmp_path / "grown", resume=True)
+    first, second = tensors(tmp_path / "long", 20), tensors(tmp_path / "grown", 20)
+    assert all(torch.equal(first[k], second[k]) for k in first)
+
+
+def test_other_data_is_refused_and_moved_data_is_not(make_config: MakeConfig, tmp_path: Path, shards: Path) -> None:
+    quiet(make_config(), tmp_path / "run")
+    shutil.rmtree(tmp_path / "run" / "checkpoints" / "step_00000020")
+    prepare(tmp_path / "other", [shards.parent / "a.jsonl"], val_share=0.3)
+    with pytest.raises(ConfigError, match="train_sha256 was"):
+        quiet(make_config(f"data.path={tmp_path / 'other'}"), tmp_path / "run", resume=True)
+    shutil.copytree(shards, tmp_path / "moved")
+    assert quiet(make_config(f"data.path={tmp_path / 'moved'}"), tmp_path / "run", resume=True).step == 20
+
+
+def test_other_precision_is_refused(make_config: MakeConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = make_config()
+    quiet(config, tmp_path / "run")
+    device, autocast, _ = module.resolve_device(config)
+    monkeypatch.setattr(module, "resolve_device", lambda config: (device, autocast, "bf16"))
+    with pytest.raises(ConfigError, match="precision was fp32, is bf16"):
+        quiet(config, tmp_path / "run", resume=True)
+
+
+def test_finished_run_resumes_to_nothing(make_config: MakeConfig, tmp_path: Path) -> None:
+    quiet(make_config(), tmp_path / "run")
+    before = tensors(tmp_path / "run", 20)
+    outcome = quiet(make_config(), tmp_path / "run", resume=True)
+    assert (outcome.step, outcome.interrupted, outcome.val) == (20, None, None)
+    assert all(torch.equal(v, before[k]) for k, v in tensors(tmp_path / "run", 20).items())
+
+
+def test_folder_in_use_is_refused_untouched(make_config: MakeConfig, tmp_path: Path) -> None:
+    (tmp_path / "notes.txt").write_text("mine")
+    with pytest.raises(ValueError, match="is not empty; resume the run in it, or choose another folder"):
+        quiet(make_config(), tmp_path)
+    with pytest.raises(ValueError, match="is not empty"):
+        quiet(make_config(), tmp_path / "notes.txt")
+    assert os.listdir(tmp_path) == ["notes.txt"]
+
+
+def test_nothing_to_resume_is_said(make_config: MakeConfig, tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="holds no checkpoint to resume from"):
+        quiet(make_config(), tmp_path / "run", resume=True)
+    assert os.listdir(tmp_path) == []
+
+
+def test_damaged_checkpoint_stops_the_resume_and_removing_it_helps(make_config: MakeConfig, tmp_path: Path) -> None:
+    quiet(make_config(), tmp_path / "run")
+    older, newest = checkpoint.checkpoints(tmp_path / "run")
+    (newest / "model.safetensors").write_bytes(b"")
+    with pytest.raises(CheckpointError, match=r"model\.safetensors: it does not match.*step_00000010"):
+        quiet(make_config(), tmp_path / "run", resume=True)
+    shutil.rmtree(newest)
+    assert quiet(make_config(), tmp_path / "run", resume=True).step == 20
+    assert older.is_dir()
+
+
+def test_bad_input_is_refused_before_anything_is_written(
+    make_config: MakeConfig, tmp_path: Path, shards: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prepare(tmp_path / "no_val", [shards.parent / "a.jsonl"], val_share=0)
+    run = tmp_path / "run"
+    for overrides, message in [
+        (["model.vocab_size=256"], r"model\.vocab_size is 256; expected at least the 257 of the data's tokenizer"),
+        (["data.path=nowhere"], "'nowhere' is no folder of token shards"),
+        ([f"data.path={tmp_path / 'no_val'}"], r"val\.bin' has 0 tokens; one window"),
+        (["train.device=cuda:63"], "train.device is 'cuda:63'; expected a device of this machine"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            quiet(make_config(*overrides), run)
+        assert not run.exists()
+
+
+def poison(monkeypatch: pytest.MonkeyPatch, steps: set[int]) -> None:
+    """Make the loss of whole steps (two micro-batches each) NaN, and with it every gradient."""
+    plain, calls = LanguageModel.loss, 0
+
+    def loss(self: LanguageModel, *args: Any, **kwargs: Any) -> torch.Tensor:
+        nonlocal calls
+        value = plain(self, *args, **kwargs)
+        if not self.training:
+            return value
+        calls += 1
+        return value * float("nan") if (calls + 1) // 2 in steps else value
+
+    monkeypatch.setattr(LanguageModel, "loss", loss)
+
+
+def test_non_finite_step_is_skipped_counted_and_logged(
+    make_config: MakeConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, rows_of: RowsOf
+) -> None:
+    poison(monkeypatch, {4, 5, 9})
+    config = make_config("train.max_bad_steps=3")
+    assert quiet(config, tmp_path / "run").step == 20
+    rows = rows_of(tmp_path / "run")
+    assert [row["step"] for row in rows if "skipped" in row.get("event", "")] == [4, 5, 9]
+    training = [row for row in rows if row["kind"] == "train"]
+    assert training[-1]["bad_steps"] == 3
+    assert training[1]["loss"] is not None  # steps 4 to 6: the mean of the good one
+    assert all(torch.isfinite(t).all() for t in tensors(tmp_path / "run", 20).values())
+
+
+def test_skipped_step_leaves_the_weights_alone(
+    make_config: MakeConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = make_config("train.tokens=384", "train.checkpoint_every=1", "train.keep_last=3")
+    poison(monkeypatch, {2})
+    quiet(config, tmp_path / "run")
+    first, second = tensors(tmp_path / "run", 1), tensors(tmp_path / "run", 2)
+    assert all(torch.equal(first[k], second[k]) for k in first)
+
+
+def test_persistent_non_finite_steps_stop_the_run(
+    make_config: MakeConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    poison(monkeypatch, set(range(12, 99)))
+    with pytest.raises(
+        TrainingError,
+        match=r"stopped at step 14: 3 steps in a row were not finite \(the last: loss nan, gradient norm nan\); "
+        r"the newest checkpoint is .*step_00000010\. A lower optim\.lr",
+    ):
+        quiet(make_config("train.max_bad_steps=3"), tmp_path / "run")
+    assert [p.name for p in checkpoint.checkpoints(tmp_path / "run")] == ["step_00000010"]
+    poison(monkeypatch, set(range(1, 99)))
+    with pytest.raises(TrainingError, match="no checkpoint was written"):
+        quiet(make_config("train.max_bad_steps=3"), tmp_path / "other")
+
+
+def test_full_disk_ends_the_run_and_names_the_last_checkpoint(
+    make_config: MakeConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plain = checkpoint.save_file
+
+    def full(tensors: dict[str, torch.Tensor], path: Path) -> None:
+        if "step_00000020" in str(path):
+            raise OSError(28, "No space left on device")
+        plain(tensors, path)
+
+    monkeypatch.setattr(checkpoint, "save_file", full)
+    with pytest.raises(CheckpointError, match=r"No space left on device.*newest whole checkpoint is .*step_00000010"):
+        quiet(make_config(), tmp_path / "run")
+    monkeypatch.setattr(checkpoint, "save_file", plain)
+    assert quiet(make_config(), tmp_path / "run", resume=True).step == 20
+
+
+def test_bf16_autocast_keeps_float32_weights(make_config: MakeConfig, tmp_path: Path) -> None:
+    quiet(make_config("train.precision=bf16", "train.tokens=640"), tmp_path / "run")
+    values = tensors(tmp_path / "run", 5)
+    assert {v.dtype for v in values.values()} == {torch.float32}
+    assert all(torch.isfinite(v).all() for v in values.values())
+
+
+def test_clip_zero_reports_the_norm_and_does_not_clip(
+    make_config: MakeConfig, tmp_path: Path, rows_of: RowsOf, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    limits: list[float] = []
+    plain = torch.nn.utils.clip_grad_norm_
+    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", lambda p, limit: limits.append(limit) or plain(p, limit))
+    quiet(make_config("optim.clip=0", "train.tokens=384"), tmp_path / "run")
+    assert limits == [math.inf] * 3
+    assert next(r["grad_norm"] for r in rows_of(tmp_path / "run") if r["kind"] == "train") > 0
+
+
+def test_eval_and_checkpoint_only_at_the_end_when_zero(
+    make_config: MakeConfig, tmp_path: Path, rows_of: RowsOf
+) -> None:
+    quiet(make_config("train.eval_every=0", "train.checkpoint_every=0"), tmp_path / "run")
+    assert [row["step"] for row in rows_of(tmp_path / "run") if row["kind"] == "val"] == [20]
+    assert [p.name for p in checkpoint.checkpoints(tmp_path / "run")] == ["step_00000020"]
+
+
+def test_compiled_blocks_are_asked_for(
+    make_config: MakeConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    compiled: list[torch.nn.Module] = []
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda self: compiled.append(self))
+    config = make_config("train.tokens=384")
+    quiet(replace(config, train=replace(config.train, compile=True)), tmp_path / "run")
+    assert len(compiled) == config.model.num_layers
