@@ -86,7 +86,7 @@ def test_eval_shows_and_keeps_results(run, capsys):
     assert call("eval", run, "--tasks", "perplexity,recall", "--samples", 4) == 0
     out = capsys.readouterr().out
     assert "bits/byte" in out
-    assert "chance 25.0 %" in out
+    assert "chance 12.5 %" in out
     first = json.loads((run / "eval.json").read_text())
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     validation = [row for row in rows if row["kind"] == "val"][-1]
