@@ -5,7 +5,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from gdn2 import LanguageModel, ModelConfig
-from gdn2.info import describe, mean_keys
+from gdn2.info import describe
 
 SMALL = ModelConfig(
     vocab_size=13, d_model=12, num_layers=4, mlp_width=20, cell=("mixer", "attention"), num_heads=2, num_value_heads=4,
@@ -74,12 +74,6 @@ def test_linear_flops_match_torch_own_count() -> None:
     counted = sum(n for op, n in counter.get_flop_counts()["Global"].items() if str(op) in ("aten.mm", "aten.addmm"))
     rest = 4 * (2 * 4 * (6 + 6 + 20) + 7 * 4 * 3 * 5)
     assert counted == T * (describe(config).forward_flops - rest)
-
-
-@pytest.mark.parametrize(("context", "window"), [(1, 1), (5, 8), (8, 5), (100, 1), (7, 7)])
-def test_mean_keys_by_counting(context: int, window: int) -> None:
-    counted = sum(min(t + 1, window) for t in range(context)) / context
-    assert mean_keys(context, window) == pytest.approx(counted, rel=1e-15)
 
 
 def test_context_must_hold_a_token() -> None:

@@ -2,9 +2,12 @@ import pytest
 import torch
 
 from gdn2 import LanguageModel, preset
+from gdn2.info import describe
 from gdn2.presets import preset_names
 
 SIZES = {"1.3b": 1.3e9, "350m": 350e6, "150m": 150e6, "50m": 50e6, "10m": 10e6, "tiny": 1e6}
+MIXERS = ("gdn2", "kda", "gdn", "deltanet", "mamba2", "mamba3", "mamba3-mimo")
+MEMORY = {"1.3b": 262_144, "350m": 131_072, "150m": 98_304, "50m": 65_536, "10m": 16_384, "tiny": 8_192}
 
 
 def on_meta(name: str) -> LanguageModel:
@@ -12,8 +15,13 @@ def on_meta(name: str) -> LanguageModel:
         return LanguageModel(preset(name))
 
 
-def test_every_size_has_a_recurrent_and_a_hybrid_model() -> None:
-    assert set(preset_names()) == {f"{family}-{size}" for family in ("gdn2", "gdn2-hybrid") for size in SIZES}
+def of_size(size: str) -> list[str]:
+    return [name for name in preset_names() if name.endswith(f"-{size}")]
+
+
+def test_every_mixer_has_a_recurrent_and_a_hybrid_model_of_every_size() -> None:
+    families = {f"{mixer}{hybrid}" for mixer in MIXERS for hybrid in ("", "-hybrid")} | {"transformer"}
+    assert set(preset_names()) == {f"{family}-{size}" for family in families for size in SIZES}
 
 
 @pytest.mark.parametrize(("name", "parameters"), [("gdn2-1.3b", 1_302_638_112), ("gdn2-hybrid-1.3b", 1_300_314_384)])
@@ -35,29 +43,59 @@ def test_a_block_of_the_published_model_is_the_sum_of_its_parts() -> None:
     assert sum(p.numel() for p in block.parameters()) == linears + convolutions + decay + output_gate + norms + mlp
 
 
-@pytest.mark.parametrize("size", SIZES)
-def test_recurrent_and_hybrid_are_of_the_size_they_are_called(size: str) -> None:
-    recurrent, hybrid = (on_meta(f"{family}-{size}").num_block_parameters() for family in ("gdn2", "gdn2-hybrid"))
-    # A name gives two digits; the MLP width, a multiple of 8 or more, moves a total by up to 1 %.
-    assert abs(recurrent / SIZES[size] - 1) < 0.03
-    assert abs(hybrid / recurrent - 1) < 0.01
+@pytest.mark.parametrize(
+    ("name", "parameters"),
+    [
+        # q, k, v, o; beta; taps; decay of low rank, rate and delta; output gate of low rank with biases; output norm
+        ("kda", 4 * 2304 * 2048 + 2304 * 16 + 3 * 2048 * 4 + 2 * (2304 * 128 + 128 * 2048) + 16 + 2 * 2048 + 128),
+        # q, k, v, o, output gate; beta and decay; taps; rate and delta; output norm
+        ("gdn", 5 * 2304 * 2048 + 2 * 2304 * 16 + 3 * 2048 * 4 + 2 * 16 + 128),
+        ("deltanet", 4 * 2304 * 2048 + 2304 * 16 + 3 * 2048 * 4 + 128),
+        # z, x and out; B and C; dt; taps; rate, delta, skip; output norm
+        ("mamba2", 3 * 2304 * 4096 + 2304 * (2 * 64 + 64) + (4096 + 2 * 64) * 4 + 3 * 64 + 4096),
+        # z, x and out; B and C; dt, A and lambda; angles; norms and biases of B and C; delta, skip
+        ("mamba3", 3 * 2304 * 4096 + 2304 * (2 * 64 + 3 * 64 + 16) + 2 * (64 + 64 * 64) + 2 * 64),
+        ("mamba3-mimo", 3 * 2304 * 4096 + 2304 * (8 * 64 + 3 * 64 + 16) + 2 * (64 + 4 * 64 * 64) + 2 * 64 + 12 * 4096),
+        ("transformer", 4 * 2304 * 2304),
+    ],
+)
+def test_a_mixer_of_the_1_3b_models_is_the_sum_of_its_parts(name: str, parameters: int) -> None:
+    assert sum(p.numel() for p in on_meta(f"{name}-1.3b").blocks[0].mixer.parameters()) == parameters
 
 
 @pytest.mark.parametrize("size", SIZES)
-def test_hybrid_alternates_mixer_and_attention_with_matched_shapes(size: str) -> None:
-    recurrent, hybrid = preset(f"gdn2-{size}"), preset(f"gdn2-hybrid-{size}")
-    assert set(recurrent.layer_kinds) == {"mixer"}
-    assert hybrid.layer_kinds == ("mixer", "attention") * (hybrid.num_layers // 2)
-    assert (hybrid.d_model, hybrid.num_heads, hybrid.key_dim) == (
-        recurrent.d_model,
-        recurrent.num_heads,
-        recurrent.key_dim,
-    )
-    assert hybrid.mlp_width > recurrent.mlp_width
+def test_models_of_a_size_have_matched_parameters_and_memories(size: str) -> None:
+    models = {name: describe(preset(name)) for name in of_size(size)}
+    reference = 1.3e9 if size == "1.3b" else models[f"gdn2-{size}"].block_parameters
+    assert abs(reference / SIZES[size] - 1) < 0.03  # a name gives two digits
+    for name, model in models.items():
+        config = preset(name)
+        assert abs(model.block_parameters / reference - 1) < 0.005, name
+        assert model.memory_floats == config.layer_kinds.count("mixer") * MEMORY[size], name
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_models_of_a_size_share_everything_but_the_mixer(size: str) -> None:
+    gdn2 = preset(f"gdn2-{size}")
+    for name in of_size(size):
+        config = preset(name)
+        for key in ("d_model", "num_layers", "vocab_size", "attention_heads", "window", "rope_base", "norm_eps"):
+            assert getattr(config, key) == getattr(gdn2, key), name
+        expected = ("attention",) if "transformer" in name else ("mixer", "attention") if "hybrid" in name else None
+        assert config.cell == (expected or ("mixer",))
+        assert expected is None or config.num_layers % len(expected) == 0
+
+
+def test_names_say_the_mixer() -> None:
+    for mixer in MIXERS:
+        for hybrid in ("", "-hybrid"):
+            config = preset(f"{mixer}{hybrid}-tiny")
+            assert config.mixer == mixer.removesuffix("-mimo")
+            assert config.mimo_rank == (4 if mixer == "mamba3-mimo" else 1)
 
 
 def test_tiny_reads_bytes_through_a_short_window() -> None:
-    for name in ("gdn2-tiny", "gdn2-hybrid-tiny"):
+    for name in of_size("tiny"):
         assert preset(name).vocab_size == 257
         assert preset(name).window <= 128
     assert {preset(name).vocab_size for name in preset_names() if "tiny" not in name} == {32_000}

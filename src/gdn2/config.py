@@ -6,17 +6,31 @@ full dotted name of the offender. `load_run` reads a YAML file, applies ``key.su
 """
 
 import dataclasses
+import json
+import os
 import re
 import types
 import typing
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from math import inf
 from pathlib import Path
 from typing import Any
 
-import yaml
-
-MIXERS = ("gdn2",)
+DELTA_RULES = ("gdn2", "kda", "gdn", "deltanet")
+MIXERS = (*DELTA_RULES, "mamba2", "mamba3")
+# Options of the mixer that only some have; with any other they must keep their default.
+MIXER_OPTIONS = {
+    "num_value_heads": ("gdn2",),
+    "conv_width": (*DELTA_RULES, "mamba2"),
+    "negative_eigenvalues": DELTA_RULES,
+    "channel_erase": ("gdn2",),
+    "channel_write": ("gdn2",),
+    "decay_lower_bound": ("gdn2", "kda"),
+    "mimo_rank": ("mamba3",),
+    "rope_fraction": ("mamba3",),
+}
+ROPE_SCALINGS = ("none", "ntk", "yarn")
 BLOCKS = ("mixer", "attention")
 
 
@@ -34,6 +48,21 @@ def require(ok: bool, key: str, value: object, expected: str) -> None:
         raise ConfigError(f"{key} is {value!r}; expected {expected}")
 
 
+def check_types(config: Any, prefix: str) -> None:
+    """ConfigError for a field whose value is not of its annotated type, however the dataclass was made."""
+    for name, hint in typing.get_type_hints(type(config)).items():
+        value = getattr(config, name)
+        if dataclasses.is_dataclass(hint) and isinstance(hint, type):
+            require(isinstance(value, hint), prefix + name, value, hint.__name__)
+        else:
+            _coerce(hint, value, prefix + name)
+
+
+def check_device(key: str, name: str) -> None:
+    """ConfigError for a name of no form that a device has; whether it is there is asked when it is used."""
+    require(re.fullmatch(r"auto|cpu|cuda(:\d+)?", name) is not None, key, name, "auto, cpu, cuda or cuda:N")
+
+
 @dataclass(frozen=True)
 class ModelConfig:
     """A language model: `cell` is repeated until `num_layers` blocks (token mixer + MLP) are laid down."""
@@ -46,21 +75,42 @@ class ModelConfig:
     cell: tuple[str, ...] = opt(("mixer",), "repeating pattern of blocks, each 'mixer' or 'attention'")
     num_heads: int = opt(16, "key heads of the mixer")
     num_value_heads: int | None = opt(None, "value heads of the mixer, a multiple of num_heads; null means num_heads")
-    key_dim: int = opt(128, "key channels per head")
+    key_dim: int = opt(128, "key channels per head; what Mamba calls the state size")
     value_dim: int = opt(128, "value channels per head")
-    conv_width: int = opt(4, "taps of the causal short convolution, tokens")
-    negative_eigenvalues: bool = opt(False, "double the erase gate, so that it lies in [0, 2]")
+    conv_width: int = opt(4, "taps of the causal short convolution, tokens; mamba3 has none")
+    negative_eigenvalues: bool = opt(False, "delta rules: double the erase gate, so that it lies in [0, 2]")
+    channel_erase: bool = opt(True, "gdn2: erase by channel; false averages the gate over each head's channels")
+    channel_write: bool = opt(True, "gdn2: write by channel; false averages the gate over each head's channels")
+    decay_lower_bound: float | None = opt(None, "gdn2, kda: nats below 0 that bound each log-decay; null for no bound")
+    mimo_rank: int = opt(1, "mamba3: keys, values and queries per token; 1 is SISO")
+    rope_fraction: float = opt(0.5, "mamba3: share of the key channels that are rotated")
     attention_heads: int = opt(18, "heads of the sliding-window attention; head size is d_model / attention_heads")
     window: int | None = opt(2_048, "keys each query attends to, itself included; null means full causal attention")
     rope_base: float = opt(10_000.0, "base of the rotary position frequencies")
+    rope_scaling: str = opt("none", "longer texts than trained on: 'none' (rotary as it is), 'ntk' or 'yarn'")
+    rope_factor: float = opt(1.0, "ntk, yarn: how many times longer")
+    rope_length: int = opt(4_096, "yarn: tokens of a sequence in training")
     norm_eps: float = opt(1e-5, "epsilon of every RMSNorm")
     tie_embeddings: bool = opt(False, "share the embedding with the output head")
 
     def __post_init__(self) -> None:
+        check_types(self, "model.")
         for name in ("vocab_size", "d_model", "num_layers", "mlp_width", "num_heads", "key_dim", "value_dim",
-                     "conv_width", "attention_heads"):  # fmt: skip
+                     "conv_width", "mimo_rank", "attention_heads", "rope_length"):  # fmt: skip
             require(getattr(self, name) >= 1, f"model.{name}", getattr(self, name), "an integer >= 1")
         require(self.mixer in MIXERS, "model.mixer", self.mixer, f"one of {', '.join(MIXERS)}")
+        for name, mixers in MIXER_OPTIONS.items():
+            default = type(self).__dataclass_fields__[name].default
+            require(
+                self.mixer in mixers or getattr(self, name) == default, f"model.{name}", getattr(self, name),
+                f"{json.dumps(default)} with the mixer {self.mixer}; it is an option of {', '.join(mixers)}",
+            )  # fmt: skip
+        require(self.decay_lower_bound is None or -inf < self.decay_lower_bound < 0, "model.decay_lower_bound",
+                self.decay_lower_bound, "a finite number < 0, or null")  # fmt: skip
+        require(
+            self.mixer != "mamba3" or self.rope_fraction * self.key_dim in range(2, self.key_dim + 1, 2),
+            "model.rope_fraction", self.rope_fraction, f"an even share of key_dim ({self.key_dim}), 2 channels or more",
+        )  # fmt: skip
         require(
             len(self.cell) > 0 and all(b in BLOCKS for b in self.cell),
             "model.cell", self.cell, f"a non-empty list of {' or '.join(BLOCKS)}",
@@ -77,8 +127,12 @@ class ModelConfig:
                 f"a divisor of d_model ({self.d_model}) that leaves an even head size",
             )  # fmt: skip
         require(self.window is None or self.window >= 1, "model.window", self.window, "an integer >= 1, or null")
-        require(self.rope_base > 1, "model.rope_base", self.rope_base, "a number > 1")
-        require(self.norm_eps > 0, "model.norm_eps", self.norm_eps, "a number > 0")
+        require(1 < self.rope_base < inf, "model.rope_base", self.rope_base, "a finite number > 1")
+        require(self.rope_scaling in ROPE_SCALINGS, "model.rope_scaling", self.rope_scaling,
+                f"one of {', '.join(ROPE_SCALINGS)}")  # fmt: skip
+        scaled = 1 <= self.rope_factor < inf if self.rope_scaling != "none" else self.rope_factor == 1
+        require(scaled, "model.rope_factor", self.rope_factor, "a finite number >= 1, and 1 without rope_scaling")
+        require(0 < self.norm_eps < inf, "model.norm_eps", self.norm_eps, "a finite number > 0")
 
     @property
     def layer_kinds(self) -> tuple[str, ...]:
@@ -95,6 +149,7 @@ class DataConfig:
     packed: bool = opt(False, "honour document boundaries: state, convolution and attention restart at each document")
 
     def __post_init__(self) -> None:
+        check_types(self, "data.")
         require(self.seq_len >= 1, "data.seq_len", self.seq_len, "an integer >= 1")
 
 
@@ -113,15 +168,16 @@ class OptimConfig:
     clip: float = opt(1.0, "largest gradient norm; 0 turns clipping off")
 
     def __post_init__(self) -> None:
-        require(self.lr > 0, "optim.lr", self.lr, "a number > 0")
+        check_types(self, "optim.")
+        require(0 < self.lr < inf, "optim.lr", self.lr, "a finite number > 0")
         require(0 <= self.min_lr_ratio <= 1, "optim.min_lr_ratio", self.min_lr_ratio, "a number in [0, 1]")
         require(
             self.schedule in ("cosine", "wsd", "constant"), "optim.schedule", self.schedule, "cosine, wsd or constant"
         )
         for name in ("warmup_tokens", "decay_tokens", "weight_decay", "clip"):
-            require(getattr(self, name) >= 0, f"optim.{name}", getattr(self, name), "a number >= 0")
+            require(0 <= getattr(self, name) < inf, f"optim.{name}", getattr(self, name), "a finite number >= 0")
         require(all(0 <= b < 1 for b in self.betas), "optim.betas", self.betas, "two numbers in [0, 1)")
-        require(self.eps > 0, "optim.eps", self.eps, "a number > 0")
+        require(0 < self.eps < inf, "optim.eps", self.eps, "a finite number > 0")
         require(self.decay_tokens == 0 or self.schedule == "wsd", "optim.decay_tokens", self.decay_tokens,
                 f"0 with the schedule {self.schedule}; only wsd has a decay of its own")  # fmt: skip
 
@@ -146,12 +202,13 @@ class TrainConfig:
     max_bad_steps: int = opt(10, "non-finite steps in a row after which training stops with an error")
 
     def __post_init__(self) -> None:
-        for name in ("tokens", "batch_tokens", "micro_batch", "eval_tokens", "log_every", "keep_last", "max_bad_steps"):
+        check_types(self, "train.")
+        for name in ("tokens", "batch_tokens", "micro_batch", "eval_tokens", "sample_tokens", "log_every", "keep_last",
+                     "max_bad_steps"):  # fmt: skip
             require(getattr(self, name) >= 1, f"train.{name}", getattr(self, name), "an integer >= 1")
-        for name in ("eval_every", "sample_every", "sample_tokens", "checkpoint_every"):
+        for name in ("eval_every", "sample_every", "checkpoint_every"):
             require(getattr(self, name) >= 0, f"train.{name}", getattr(self, name), "an integer >= 0")
-        require(re.fullmatch(r"auto|cpu|cuda(:\d+)?", self.device) is not None,
-                "train.device", self.device, "auto, cpu, cuda or cuda:N")  # fmt: skip
+        check_device("train.device", self.device)
         require(self.precision in ("auto", "fp32", "bf16"), "train.precision", self.precision, "auto, fp32 or bf16")
 
 
@@ -166,6 +223,7 @@ class RunConfig:
     seed: int = opt(0, "seed of initialisation, data order and sampling")
 
     def __post_init__(self) -> None:
+        check_types(self, "")
         sequences = self.train.micro_batch * self.data.seq_len
         require(
             self.train.batch_tokens % sequences == 0,
@@ -191,7 +249,7 @@ def build(cls: type, values: Mapping[str, Any], prefix: str = "") -> Any:
     if not isinstance(values, Mapping):
         raise ConfigError(f"{prefix.rstrip('.') or cls.__name__} is {values!r}; expected a mapping of keys to values")
     hints = typing.get_type_hints(cls)
-    unknown = sorted(set(values) - set(hints))
+    unknown = [key for key in values if key not in hints]
     if unknown:
         raise ConfigError(f"unknown key {prefix}{unknown[0]}; expected one of {', '.join(sorted(hints))}")
     return cls(**{key: _coerce(hints[key], value, prefix + key) for key, value in values.items()})
@@ -235,8 +293,17 @@ def override(values: dict[str, Any], assignments: Sequence[str]) -> dict[str, An
             if not isinstance(child, dict):
                 raise ConfigError(f"override {text!r}: {parent} holds a value, not keys")
             node = child
-        node[last] = yaml.safe_load(raw)
+        node[last] = _yaml(raw, f"override {text!r}")
     return out
+
+
+def _yaml(text: str | bytes, name: str) -> Any:
+    import yaml  # not at the top: `import gdn2` needs torch alone
+
+    try:
+        return yaml.safe_load(text)
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: a date that does not exist
+        raise ConfigError(f"{name} is not YAML: {' '.join(str(error).split())}") from error
 
 
 def load_run(path: str | Path | None, assignments: Sequence[str], preset: Callable[[str], ModelConfig]) -> RunConfig:
@@ -249,18 +316,19 @@ def load_run(path: str | Path | None, assignments: Sequence[str], preset: Callab
     name = values.pop("preset", None)
     if name is not None:
         require(isinstance(name, str), "preset", name, "the name of a model preset")
-        values["model"] = to_dict(preset(name)) | (values.get("model") or {})
+        changes = values.get("model") or {}
+        require(isinstance(changes, dict), "model", changes, "a mapping of keys to values")
+        values["model"] = to_dict(preset(name)) | changes
     return build(RunConfig, values)
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
     """The keys and values of a YAML file. ConfigError when it cannot be read or holds anything else."""
     try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+        content = path.read_bytes()
     except OSError as error:
         raise ConfigError(f"configuration {str(path)!r} cannot be read: {error.strerror}") from error
-    except yaml.YAMLError as error:
-        raise ConfigError(f"configuration {str(path)!r} is not YAML: {error}") from error
+    values = _yaml(content, f"configuration {str(path)!r}") or {}
     if not isinstance(values, dict):
         raise ConfigError(f"configuration {str(path)!r} holds {type(values).__name__}; expected keys and values")
     return values
@@ -273,9 +341,23 @@ def read_config(folder: Path) -> RunConfig:
 
 
 def write_config(folder: Path, config: RunConfig) -> None:
-    """Write it as `read_config` reads it."""
-    text = yaml.safe_dump(to_dict(config), sort_keys=False)
-    (folder / "config.yaml").write_text(text, encoding="utf-8")
+    """Write it as `read_config` reads it; whole, or not at all."""
+    import yaml
+
+    temporary = folder / ".config.yaml"
+    temporary.write_text(yaml.safe_dump(to_dict(config), sort_keys=False), encoding="utf-8")
+    os.replace(temporary, folder / "config.yaml")
+
+
+def documented_keys(cls: type = RunConfig, prefix: str = "") -> Iterator[tuple[str, str, str]]:
+    """Every dotted key of a configuration, its default as YAML reads it, and what it is."""
+    for key in dataclasses.fields(cls):
+        hint = typing.get_type_hints(cls)[key.name]
+        if dataclasses.is_dataclass(hint) and isinstance(hint, type):
+            yield from documented_keys(hint, f"{prefix}{key.name}.")
+        else:
+            default = key.default if isinstance(key.default, str) else json.dumps(key.default)
+            yield prefix + key.name, default, key.metadata["doc"]
 
 
 def to_dict(config: Any) -> dict[str, Any]:

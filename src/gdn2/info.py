@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from gdn2.config import ModelConfig
-from gdn2.layers import GatedDeltaNet2
+from gdn2.layers import AttentionState
 from gdn2.model import LanguageModel
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -20,12 +20,13 @@ class ModelInfo:
     block_parameters: those of the blocks, what a preset is named after.
     embedding_parameters: embedding and output head.
     context: tokens of the sequence that the figures below are for.
-    state_floats: numbers carried per sequence: per mixer the memory HV K V and the tails (conv_width - 1)
-        (2 H K + HV V); per attention 2 W d_model, W being the window (without one the context: the state grows).
+    memory_floats: numbers of the recurrent memories alone, HV K V each: what models are matched by.
+    state_floats: numbers carried per sequence: the memories with all that comes with them (the tails of the
+        convolutions, Mamba-3's angles, last keys and values); per attention 2 W d_model, W being the window (without
+        one the context: the state grows).
     state_bytes: bytes of that per sequence, by dtype of the model; the memory is float32 in each.
-    forward_flops: per token, the mean over the context: 2 per weight of every Linear; 2 conv_width (2 H K + HV V) and
-        7 HV K V per mixer (decay 1, reading along e 2, writing 2, reading along q 2: the recurrence itself; the
-        chunkwise form spends more, to do it as matrix products); 4 d_model (mean keys in sight) per attention.
+    forward_flops: per token, the mean over the context: 2 per weight of every Linear, and what each mixer's `flops`
+        counts: the recurrence itself, not the larger number that the chunkwise form spends.
     training_flops: 3 forward_flops, the backward pass computing a gradient for either factor of each product.
         Recomputed activations (the logits) are not counted.
     weight_bytes: bytes of all parameters, by dtype of the model; the decay gate's own stay float32 in each.
@@ -35,6 +36,7 @@ class ModelInfo:
     block_parameters: int
     embedding_parameters: int
     context: int
+    memory_floats: int
     state_floats: int
     state_bytes: dict[str, int]
     forward_flops: float
@@ -52,31 +54,21 @@ def describe(config: ModelConfig, context: int = 4_096) -> ModelInfo:
     window = context if config.window is None else config.window
     with torch.device("meta"):
         model = LanguageModel(replace(config, window=window))
+    layers = model.initial_state(1)
     states = {name: [t for s in model.initial_state(1, dtype=dtype) for t in s] for name, dtype in DTYPES.items()}
     linear = sum(m.weight.numel() for m in model.blocks.modules() if isinstance(m, nn.Linear))
     forward = 2.0 * (linear + config.vocab_size * config.d_model)
-    for mixer in model.mixers():
-        if isinstance(mixer, GatedDeltaNet2):
-            channels = sum(w.shape[0] for w in (mixer.conv_q, mixer.conv_k, mixer.conv_v))
-            memory = mixer.num_value_heads * mixer.key_dim * mixer.value_dim
-            forward += 2 * config.conv_width * channels + 7 * memory
-        else:
-            forward += 4 * config.d_model * mean_keys(context, window)
+    forward += sum(mixer.flops(context) for mixer in model.mixers())
     blocks, parameters = model.num_block_parameters(), model.num_parameters()
     return ModelInfo(
         parameters=parameters,
         block_parameters=blocks,
         embedding_parameters=parameters - blocks - config.d_model,
         context=context,
+        memory_floats=sum(s.memory.numel() for s in layers if not isinstance(s, AttentionState)),
         state_floats=sum(t.numel() for t in states["float32"] if t.is_floating_point()),
         state_bytes={name: sum(t.nbytes for t in tensors) for name, tensors in states.items()},
         forward_flops=forward,
         training_flops=3 * forward,
         weight_bytes={name: sum(p.nbytes for p in model.to(dtype).parameters()) for name, dtype in DTYPES.items()},
     )
-
-
-def mean_keys(context: int, window: int) -> float:
-    """Keys in sight of a query, the mean over a sequence: token t sees min(t, window) of them, itself included."""
-    full = min(context, window)
-    return (full * (full + 1) / 2 + (context - full) * window) / context

@@ -2,22 +2,46 @@
 
 import re
 from pathlib import Path
-from typing import cast
+from typing import Protocol, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from gdn2.config import ModelConfig, read_config
-from gdn2.layers import AttentionState, DeltaState, GatedDeltaNet2, RMSNorm, SlidingWindowAttention, SwiGLU
+from gdn2.config import MIXER_OPTIONS, ModelConfig, read_config
+from gdn2.layers import (
+    AttentionState,
+    DeltaNet,
+    DeltaState,
+    GatedDeltaNet,
+    GatedDeltaNet2,
+    KimiDeltaAttention,
+    Mamba2,
+    Mamba2State,
+    Mamba3,
+    Mamba3State,
+    RMSNorm,
+    SlidingWindowAttention,
+    SwiGLU,
+)
 from gdn2.layers.linear import Linear, at_least_float32
 
-LayerState = DeltaState | AttentionState
+LayerState = DeltaState | Mamba2State | Mamba3State | AttentionState
 ModelState = tuple[LayerState, ...]
 
 IGNORED_TARGET = -100
 LOSS_CHUNK = 2_048  # tokens whose logits are held at once: with 32,000 words 262 MB in float32
+
+
+class Mixer(Protocol):
+    """What a token mixer offers besides `forward`, whose face is that of `GatedDeltaNet2.forward`."""
+
+    def initial_state(
+        self, batch: int, device: torch.device | str | None = None, dtype: torch.dtype | None = None
+    ) -> LayerState: ...
+
+    def flops(self, context: int) -> float: ...
 
 
 class Embedding(nn.Embedding):
@@ -54,20 +78,26 @@ class Block(nn.Module):
         return x + self.mlp(self.mlp_norm(x)), state
 
 
-def build_mixer(config: ModelConfig, kind: str) -> GatedDeltaNet2 | SlidingWindowAttention:
+MIXERS: dict[str, type[nn.Module]] = {
+    "gdn2": GatedDeltaNet2,
+    "kda": KimiDeltaAttention,
+    "gdn": GatedDeltaNet,
+    "deltanet": DeltaNet,
+    "mamba2": Mamba2,
+    "mamba3": Mamba3,
+}
+
+
+def build_mixer(config: ModelConfig, kind: str) -> nn.Module:
     """The token mixer of a block of the given kind."""
     if kind == "attention":
-        return SlidingWindowAttention(config.d_model, config.attention_heads, config.window, config.rope_base)
-    return GatedDeltaNet2(
-        d_model=config.d_model,
-        num_heads=config.num_heads,
-        num_value_heads=config.num_value_heads,
-        key_dim=config.key_dim,
-        value_dim=config.value_dim,
-        conv_width=config.conv_width,
-        negative_eigenvalues=config.negative_eigenvalues,
-        norm_eps=config.norm_eps,
-    )
+        return SlidingWindowAttention(
+            config.d_model, config.attention_heads, config.window, config.rope_base,
+            config.rope_scaling, config.rope_factor, config.rope_length,
+        )  # fmt: skip
+    options = ["d_model", "num_heads", "key_dim", "value_dim", "norm_eps"]
+    options += [name for name, mixers in MIXER_OPTIONS.items() if config.mixer in mixers]
+    return MIXERS[config.mixer](**{name: getattr(config, name) for name in options})
 
 
 class LanguageModel(nn.Module):
@@ -93,9 +123,9 @@ class LanguageModel(nn.Module):
             if module is not self and reset is not None:
                 reset()
 
-    def mixers(self) -> list[GatedDeltaNet2 | SlidingWindowAttention]:
+    def mixers(self) -> list[Mixer]:
         """The token mixer of each block, first to last."""
-        return [cast(Block, block).mixer for block in self.blocks]
+        return [cast(Mixer, cast(Block, block).mixer) for block in self.blocks]
 
     def initial_state(
         self, batch: int, device: torch.device | str | None = None, dtype: torch.dtype | None = None

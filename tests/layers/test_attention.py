@@ -1,12 +1,13 @@
 import cmath
 import math
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
 from gdn2.layers import AttentionState, SlidingWindowAttention
-from gdn2.layers.attention import _blocked, _masked, rotary_angles, rotate
+from gdn2.layers.attention import _blocked, _masked, mean_keys, rotary_angles, rotary_frequencies, rotate
 
 
 def definition(layer: SlidingWindowAttention, x: Tensor) -> Tensor:
@@ -16,7 +17,7 @@ def definition(layer: SlidingWindowAttention, x: Tensor) -> Tensor:
 
     def turned(u: Tensor) -> Tensor:
         numbers = torch.complex(u[..., : D // 2], u[..., D // 2 :])
-        turns = [[cmath.exp(1j * t * layer.rope_base ** (-2 * i / D)) for i in range(D // 2)] for t in range(T)]
+        turns = [[cmath.exp(1j * t * 100.0 ** (-2 * i / D)) for i in range(D // 2)] for t in range(T)]
         return numbers * torch.tensor(turns, dtype=torch.complex128)[:, None]
 
     scores = torch.einsum("ihd,jhd->hij", turned(q), turned(k).conj()).real / math.sqrt(D)
@@ -105,7 +106,7 @@ def test_long_sequences_take_linear_memory() -> None:
 
 def test_rotary_angles_are_exact_at_a_million_tokens() -> None:
     positions = torch.tensor([[0, 1, 999_999, 1_000_000]])
-    angles = rotary_angles(positions, 8, 10_000.0)
+    angles = rotary_angles(positions, rotary_frequencies(8, 10_000.0))
     for t, position in enumerate(positions[0].tolist()):
         for i in range(4):
             exact = math.fmod(position * 10_000.0 ** (-2 * i / 8), 2 * math.pi)
@@ -116,13 +117,53 @@ def test_rotary_angles_are_exact_at_a_million_tokens() -> None:
 def test_scores_depend_on_the_distance_alone() -> None:
     torch.manual_seed(0)
     q, k = torch.randn(2, 1, 1, 1, 64)
+    frequencies = rotary_frequencies(64, 10_000.0)
     for base in (0, 1_000_000):
-        at, back = (rotary_angles(torch.tensor([[base + d]]), 64, 10_000.0) for d in (37, 0))
+        at, back = (rotary_angles(torch.tensor([[base + d]]), frequencies) for d in (37, 0))
         score = (rotate(q, at) * rotate(k, back)).sum()
         # 64 float32 products of numbers near 1, rotated by angles good to 3e-7: a few 1e-6.
         torch.testing.assert_close(
-            score, (rotate(q, rotary_angles(torch.tensor([[37]]), 64, 10_000.0)) * k).sum(), rtol=0, atol=2e-5
+            score, (rotate(q, rotary_angles(torch.tensor([[37]]), frequencies)) * k).sum(), rtol=0, atol=2e-5
         )
+
+
+def test_ntk_slows_the_slowest_pair_by_the_factor_and_the_fastest_not_at_all() -> None:
+    plain, longer = rotary_frequencies(64, 10_000.0), rotary_frequencies(64, 10_000.0, "ntk", 8.0)
+    ratio = plain / longer
+    assert ratio[0] == 1
+    assert ratio[-1].item() == pytest.approx(8, rel=1e-12)
+    assert (ratio.diff() > 0).all()
+
+
+def test_yarn_slows_what_turns_less_than_once_and_keeps_what_turns_32_times() -> None:
+    factor, length = 4.0, 2_048
+    plain, longer = (rotary_frequencies(64, 10_000.0, *extra) for extra in ((), ("yarn", factor, length)))
+    for before, after in zip(plain.tolist(), longer.tolist()):
+        turns = length * before / (2 * math.pi)
+        ramp = 0 if turns < 1 else 1 if turns > 32 else (turns - 1) / 31
+        assert after == pytest.approx((1 - ramp) * before / factor + ramp * before, rel=1e-12)
+    assert longer[0] == plain[0]
+    assert longer[-1] == plain[-1] / factor
+
+
+@pytest.mark.parametrize("scaling", ["ntk", "yarn"])
+@pytest.mark.parametrize("window", [4, 12, None], ids=["blocked", "masked", "causal"])
+def test_scaled_layer_is_the_plain_one_with_other_frequencies_and_sharper_scores(
+    monkeypatch: pytest.MonkeyPatch, scaling: str, window: int | None
+) -> None:
+    torch.manual_seed(0)
+    layer = SlidingWindowAttention(12, 2, window, 100.0, scaling, 3.0, 16).double()
+    plain = SlidingWindowAttention(12, 2, window, 100.0).double()
+    plain.load_state_dict(layer.state_dict())
+    sharper = (1 + 0.1 * math.log(3)) ** 2 if scaling == "yarn" else 1
+    with torch.no_grad():
+        plain.q_proj.weight *= sharper
+    frequencies = rotary_frequencies(6, 100.0, scaling, 3.0, 16)
+    x = 10 * torch.randn(2, 19, 12, dtype=torch.float64)
+    y = layer(x)[0]
+    assert not torch.allclose(y, plain(x)[0], rtol=1e-3)
+    monkeypatch.setattr("gdn2.layers.attention.rotary_frequencies", lambda *_, **__: frequencies)
+    torch.testing.assert_close(y, plain(x)[0], rtol=1e-12, atol=1e-12)  # float64, one more rounding of the scale
 
 
 def test_layer_in_bfloat16_and_under_autocast() -> None:
@@ -164,9 +205,13 @@ def test_state_is_left_out_on_request() -> None:
         ({"num_heads": 4}, "num_heads is 4"),
         ({"num_heads": 0}, "num_heads is 0"),
         ({"num_heads": 2, "window": 0}, "window is 0; expected at least 1, or None"),
+        ({"num_heads": 2, "rope_scaling": "linear"}, "rope_scaling is 'linear'; expected 'none', 'ntk' or 'yarn'"),
+        ({"num_heads": 2, "rope_factor": 2.0}, "rope_factor is 2.0; expected at least 1, and 1 without rope_scaling"),
+        ({"num_heads": 2, "rope_scaling": "yarn", "rope_factor": 0.5}, "rope_factor is 0.5; expected at least 1"),
+        ({"num_heads": 6, "rope_scaling": "ntk"}, "rope_scaling is 'ntk' with heads of 2 channels; expected 4 or more"),
     ],
 )
-def test_bad_sizes_are_named(keywords: dict[str, int], message: str) -> None:
+def test_bad_arguments_are_named(keywords: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         SlidingWindowAttention(12, **keywords)
 
@@ -177,3 +222,9 @@ def test_a_state_that_does_not_fit_is_refused(window: int | None) -> None:
     message = r"state has keys \[3, .*\]; expected \[2, .*, 2, 6\], the same and \[2\]"
     with pytest.raises(ValueError, match=message):
         layer(torch.zeros(2, 1, 12, dtype=torch.float64), layer.initial_state(3))
+
+
+@pytest.mark.parametrize(("context", "window"), [(1, 1), (5, 8), (8, 5), (100, 1), (7, 7)])
+def test_mean_keys_by_counting(context: int, window: int) -> None:
+    counted = sum(min(t + 1, window) for t in range(context)) / context
+    assert mean_keys(context, window) == pytest.approx(counted, rel=1e-15)

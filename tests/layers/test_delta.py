@@ -53,6 +53,31 @@ def test_layer_matches_the_specification(negative: bool) -> None:
     assert torch.equal(state.conv_v, layer.v_proj(x)[:, -3:])
 
 
+@pytest.mark.parametrize("ablated", [("erase",), ("write",), ("erase", "write")])
+def test_ablated_gate_erases_and_writes_with_its_mean(ablated: tuple[str, ...]) -> None:
+    """Table 5: handing the layer's operator the mean over a head's channels, broadcast, gives the ablated layer."""
+    sizes: dict[str, Any] = {"d_model": 8, "num_heads": 2, "num_value_heads": 4, "key_dim": 3, "value_dim": 5}
+    options = {f"channel_{name}": name not in ablated for name in ("erase", "write")}
+    layer, whole = random_layer(**sizes, **options).double(), random_layer(**sizes).double()
+    forward = whole.gates.forward
+
+    def averaged(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        log_decay, erase, write = forward(x)
+        means = {"erase": erase.mean(-1, keepdim=True), "write": write.mean(-1, keepdim=True)}
+        erase = means["erase"].expand_as(erase) if "erase" in ablated else erase
+        return log_decay, erase, means["write"].expand_as(write) if "write" in ablated else write
+
+    whole.gates.forward = averaged  # type: ignore[method-assign]
+    x = torch.randn(2, 70, 8, dtype=torch.float64, requires_grad=True)
+    got, expected = layer(x)[0], whole(x)[0]
+    torch.testing.assert_close(got, expected, rtol=1e-11, atol=1e-11)  # float64, reordered sums
+    weights = torch.randn_like(got)
+    parts = [(y * weights).sum() for y in (got, expected)]
+    gradients = [torch.autograd.grad(p, [x, *m.parameters()]) for p, m in zip(parts, (layer, whole))]
+    for a, b in zip(*gradients):
+        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-9)
+
+
 def test_zeros_in_front_leave_no_trace() -> None:
     """Left padding, its inputs zeroed, is exact: without biases such a token neither erases nor writes."""
     layer = random_layer(8, 2, key_dim=4, value_dim=4).double()

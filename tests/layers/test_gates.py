@@ -90,3 +90,39 @@ def test_negative_eigenvalues_double_the_erase_gate_and_not_the_write_gate(negat
     torch.testing.assert_close(write, expected_write, rtol=1e-13, atol=1e-13)
     assert largest - 0.01 < erase.max() <= largest
     assert write.max() <= 1
+
+
+@pytest.mark.parametrize("bound", [-5.0, -1.0])
+def test_bounded_log_decay_is_the_bound_times_a_sigmoid_and_starts_at_the_same_decay(bound: float) -> None:
+    torch.manual_seed(0)
+    gate = DecayGate(10, 3, 4, rank=5, lower_bound=bound).double()
+    x = torch.randn(2, 6, 10, dtype=torch.float64)
+    f = (x @ gate.projection[0].weight.t() @ gate.projection[1].weight.t() + gate.delta).view(2, 6, 3, 4)
+    expected = bound / (1 + torch.exp(-gate.rate.exp().view(3, 1) * f))
+    torch.testing.assert_close(gate(x), expected, rtol=1e-12, atol=0)  # float64 rounding
+    assert (gate(1e3 * x) >= bound).all()
+    torch.manual_seed(0)
+    unbounded = DecayGate(10, 3, 4, rank=5).double()
+    start = unbounded(torch.zeros_like(x)).clamp(min=bound / 2)
+    torch.testing.assert_close(gate(torch.zeros_like(x)), start, rtol=1e-5, atol=0)  # delta was made in float32
+
+
+def test_a_bound_that_is_not_below_zero_is_refused() -> None:
+    for bound in (0.0, 1.0, float("nan")):
+        with pytest.raises(ValueError, match=f"lower bound of the log-decay is {bound}; expected a number below 0"):
+            DecayGate(10, 3, 4, 5, lower_bound=bound)
+
+
+@pytest.mark.parametrize("ablated", ["erase", "write"])
+def test_ablated_gate_is_the_mean_over_channels_with_as_many_parameters(ablated: str) -> None:
+    torch.manual_seed(0)
+    whole = ChannelGates(6, 2, 4, 3, 5).double()
+    gates = ChannelGates(6, 2, 4, 3, 5, channel_erase=ablated != "erase", channel_write=ablated != "write").double()
+    gates.load_state_dict(whole.state_dict())
+    x = torch.randn(2, 7, 6, dtype=torch.float64)
+    for name, got, full in zip(("decay", "erase", "write"), gates(x), whole(x)):
+        expected = full.mean(-1, keepdim=True) if name == ablated else full
+        torch.testing.assert_close(got, expected, rtol=1e-13, atol=0)  # float64 rounding
+    assert whole.plain
+    assert not gates.plain
+    assert not ChannelGates(6, 2, 4, 3, 5, decay_lower_bound=-5.0).plain

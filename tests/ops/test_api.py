@@ -29,7 +29,8 @@ WRONG = {
     "erase": ("erase", torch.zeros(2, 70, 2, 20), r"erase has shape .*; expected \[2, 70, 2, 12 or 1\]"),
     "write": ("write", torch.zeros(2, 70, 2, 12), r"write has shape .*; expected \[2, 70, 2, 20 or 1\]"),
     "state": ("initial_state", torch.zeros(2, 2, 20, 12), r"initial_state has shape .*; expected \[2, 2, 12, 20\]"),
-    "dtype": ("q", torch.zeros(2, 70, 2, 12, dtype=torch.int64), "q has dtype torch.int64; expected a floating-point"),
+    "dtype": ("q", torch.zeros(2, 70, 2, 12, dtype=torch.int64), "q has dtype torch.int64; expected float64, float32"),
+    "float8": ("erase", torch.zeros(2, 70, 2, 12).to(torch.float8_e4m3fn), "erase has dtype torch.float8_e4m3fn"),
     "mixed": (
         "k",
         torch.zeros(2, 70, 2, 12).double(),
@@ -67,13 +68,20 @@ def test_offsets_that_do_not_fit_are_shown(bounds, message, backend):
         operands.call(gated_delta_rule_2, cu_seqlens=cu_seqlens, backend=backend)
 
 
+def test_offsets_on_another_device_are_refused():
+    x = draw(B=1).to(torch.float32)
+    x.initial_state = None
+    with pytest.raises(ValueError, match="cu_seqlens is on meta; expected cpu, the device of v, or cpu"):
+        x.call(gated_delta_rule_2, cu_seqlens=torch.tensor([0, 70], device="meta"))
+
+
 def test_packing_needs_a_single_row():
     with pytest.raises(ValueError, match="B is 2; expected B = 1"):
         draw(B=2).to(torch.float32).call(gated_delta_rule_2, cu_seqlens=torch.tensor([0, 70]))
 
 
 def test_an_unknown_backend_lists_the_known_ones():
-    with pytest.raises(ValueError, match="backend is 'cuda'; expected one of auto, reference, torch"):
+    with pytest.raises(ValueError, match="backend is 'cuda'; expected one of auto, reference, torch, triton"):
         draw().to(torch.float32).call(gated_delta_rule_2, backend="cuda")
 
 

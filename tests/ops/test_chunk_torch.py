@@ -6,7 +6,7 @@ import pytest
 import torch
 from operands import DECAYS, assert_close, draw, relative, results
 
-from gdn2.ops import gated_delta_rule_2
+from gdn2.ops import chunk_torch, gated_delta_rule_2
 
 # Both sides are float64 and differ only in the order of sums: a few hundred of them, each within 1e-16.
 EXACT = 1e-13
@@ -116,6 +116,13 @@ def test_split_sequence_matches_whole(cut):
     assert_close(results(whole, in_two), expected, EXACT)
 
 
+@pytest.mark.parametrize("bounds", [None, [0, 9, 9, 230, 300]])
+def test_segments_match_recurrent(bounds, monkeypatch):
+    monkeypatch.setattr(chunk_torch, "SEGMENT", 128)  # rows: one or two steps of the scan
+    options = {} if bounds is None else {"cu_seqlens": torch.tensor(bounds)}
+    held_to_reference(draw(B=2 if bounds is None else 1, T=300, N=4 if bounds else None), **options)
+
+
 def test_no_tokens_return_the_initial_state():
     operands = draw(T=0).to(torch.float64)
     o, state = operands.call(gated_delta_rule_2)
@@ -191,6 +198,16 @@ def test_strided_and_expanded_inputs_match_their_copies():
     assert_close(results(strided, gated_delta_rule_2), expected, EXACT)
 
 
+def test_strided_inputs_are_copied_once_and_not_for_every_segment():
+    x = draw()
+    strided = {name: t.transpose(1, 2).contiguous().transpose(1, 2) for name, t in x.tensors().items() if t.ndim == 4}
+    strided["erase"] = x.erase[..., :1].transpose(1, 2).contiguous().transpose(1, 2).expand_as(x.erase)
+    del strided["initial_state"]
+    inputs = chunk_torch.Inputs(**strided, scale=1.0).tensors()
+    assert inputs.pop("erase")[..., :1].is_contiguous()
+    assert all(t.is_contiguous() for t in inputs.values())
+
+
 @pytest.mark.parametrize(("T", "decay"), [(6, "layer"), (6, "mixed"), (70, "layer")])
 def test_gradients_pass_gradcheck(T, decay):
     operands = draw(B=1, T=T, H=1, HV=2, K=2, V=2, decay=decay)
@@ -207,7 +224,7 @@ def test_gradients_pass_gradcheck(T, decay):
 def test_no_work_grows_with_chunk_squared_times_channels():
     # A [C, C, K] tensor for every chunk would take 64 times the memory of k. The profiler sees each allocation.
     operands = draw(B=1, T=8192, H=1, K=256, V=16).to(torch.float32, grad=False)
-    with torch.profiler.profile(profile_memory=True) as profile:
+    with torch.profiler.profile(profile_memory=True, acc_events=True) as profile:
         operands.call(gated_delta_rule_2)
     largest = max(event.self_cpu_memory_usage for event in profile.events())
     assert largest <= 4 * operands.k.numel() * 4

@@ -26,6 +26,14 @@ def test_opcheck_passes(case):
     torch.library.opcheck(library.chunk, arguments)
 
 
+@pytest.mark.parametrize("T", [1, 5])
+def test_opcheck_passes_without_gradients_for_a_state_of_any_strides(T):
+    x = draw(T=T, K=3, V=5).to(torch.float64, grad=False)
+    state = x.initial_state.mT.contiguous().mT
+    arguments = (x.q, x.k, x.v, x.log_decay, x.erase, x.write, state, None, 0.5, False)
+    torch.library.opcheck(library.chunk, arguments)
+
+
 @pytest.mark.parametrize("case", CASES)
 def test_compiled_whole_matches_eager(case):
     operands, bounds = CASES[case]

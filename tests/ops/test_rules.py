@@ -176,3 +176,19 @@ def test_every_rule_takes_the_same_options():
     rules = (gated_delta_rule_2, kda, gated_delta_rule, delta_rule, mamba2)
     options = [{p.name for p in inspect.signature(r).parameters.values() if p.kind is p.KEYWORD_ONLY} for r in rules]
     assert all(o == {"scale", "initial_state", "output_final_state", "cu_seqlens", "backend"} for o in options)
+
+
+def test_wrong_shapes_are_shown_as_they_were_given():
+    grouped = torch.zeros(1, 2, 4, 5)
+    narrow, three = torch.zeros(1, 2, 2, 6), torch.zeros(1, 2, 3, 6)
+    beta, flat = torch.zeros(1, 2, 4), torch.zeros(2, 6)
+    with pytest.raises(ValueError, match=r"q has shape \[1, 2, 3, 6\]; expected \[1, 2, 2, 6\]"):
+        kda(three, narrow, grouped, None, beta)
+    with pytest.raises(ValueError, match=r"log_decay has shape \[1, 2, 3, 6\]; expected \[1, 2, 2, 6 or 1\]"):
+        kda(narrow, narrow, grouped, three, beta)
+    with pytest.raises(ValueError, match=r"k has shape \[2, 6\]; expected 4 axes"):
+        gated_delta_rule(narrow, flat, grouped, narrow[..., 0], beta)
+    with pytest.raises(ValueError, match=r"k has shape \[2, 6\]; expected 4 axes"):
+        mamba2(narrow, flat, grouped, narrow[..., 0], beta)
+    with pytest.raises(ValueError, match=r"beta has dtype torch.int64; expected float64"):
+        delta_rule(narrow, narrow, grouped, beta.long())

@@ -24,24 +24,43 @@ class SlidingWindowAttention(nn.Module):
         d_model: width of the input and output.
         num_heads: heads; d_model / num_heads channels each, an even number, all of them rotated.
         window: keys each query sees, W; None means all of them, with a state that grows.
-        rope_base: base of the rotary frequencies.
+        rope_base, rope_scaling, rope_factor, rope_length: see `rotary_frequencies`. With "yarn" the logits grow by
+            (1 + 0.1 ln factor)^2, which makes up for a softmax over more keys.
 
     Raises:
-        ValueError: num_heads does not divide d_model into even heads, or window is below 1.
+        ValueError: num_heads does not divide d_model into even heads, window is below 1, or an unknown rope_scaling.
     """
 
-    def __init__(self, d_model: int, num_heads: int, window: int | None = None, rope_base: float = 10_000.0) -> None:
+    def __init__(
+        self,
+        d_model: int,
+        num_heads: int,
+        window: int | None = None,
+        rope_base: float = 10_000.0,
+        rope_scaling: str = "none",
+        rope_factor: float = 1.0,
+        rope_length: int = 4_096,
+    ) -> None:
         super().__init__()
         if num_heads < 1 or d_model % (2 * num_heads) != 0:
             raise ValueError(f"num_heads is {num_heads}; expected a divisor of d_model ({d_model}) into even heads")
         if window is not None and window < 1:
             raise ValueError(f"window is {window}; expected at least 1, or None")
         self.d_model, self.num_heads, self.head_dim = d_model, num_heads, d_model // num_heads
-        self.window, self.rope_base = window, rope_base
+        self.window, self.rope = window, (rope_base, rope_scaling, rope_factor, rope_length)
+        rotary_frequencies(self.head_dim, *self.rope)  # refuses what does not fit
+        self.scale: float | None = None  # the root of the head size
+        if rope_scaling == "yarn":
+            self.scale = self.head_dim**-0.5 * (1 + 0.1 * math.log(rope_factor)) ** 2
         self.q_proj = Linear(d_model, d_model, bias=False)
         self.k_proj = Linear(d_model, d_model, bias=False)
         self.v_proj = Linear(d_model, d_model, bias=False)
         self.out_proj = Linear(d_model, d_model, bias=False)
+
+    def flops(self, context: int) -> float:
+        """Per token, besides the Linears, the mean over `context` tokens: 2 d_model to score each key in sight, and 2
+        d_model to add its value."""
+        return 4 * self.d_model * mean_keys(context, self.window or context)
 
     def initial_state(
         self, batch: int, device: torch.device | str | None = None, dtype: torch.dtype | None = None
@@ -81,7 +100,7 @@ class SlidingWindowAttention(nn.Module):
             document = sequence_of_token(cu_seqlens, T)
             positions = (torch.arange(T, device=x.device) - starts[document])[None]
         heads = (self.num_heads, self.head_dim)
-        angles = rotary_angles(positions, self.head_dim, self.rope_base)
+        angles = rotary_angles(positions, rotary_frequencies(self.head_dim, *self.rope, device=x.device))
         q = rotate(self.q_proj(x).unflatten(-1, heads), angles)
         k = rotate(self.k_proj(x).unflatten(-1, heads), angles)
         v = self.v_proj(x).unflatten(-1, heads)
@@ -89,11 +108,11 @@ class SlidingWindowAttention(nn.Module):
             state = state._replace(keys=state.keys.to(k.dtype), values=state.values.to(v.dtype))
 
         if state is None and document is None and (self.window is None or self.window >= T):
-            o = _sdpa(q, k, v, None, is_causal=True)
+            o = _sdpa(q, k, v, None, self.scale, is_causal=True)
         elif self.window is not None and 2 * self.window < T:
-            o = _blocked(q, k, v, positions, document, state, self.window)
+            o = _blocked(q, k, v, positions, document, state, self.window, self.scale)
         else:
-            o = _masked(q, k, v, positions, document, state, self.window)
+            o = _masked(q, k, v, positions, document, state, self.window, self.scale)
         y = self.out_proj(o.flatten(-2))
         if not output_state:
             return y, None
@@ -128,13 +147,54 @@ class SlidingWindowAttention(nn.Module):
             )
 
 
-def rotary_angles(positions: Tensor, head_dim: int, base: float) -> Tensor:
-    """positions [B, T] -> angles [B, T, head_dim / 2] float32 in [0, 2 pi): position * base^(-2i / head_dim).
+def mean_keys(context: int, window: int) -> float:
+    """Keys in sight of a query, the mean over a sequence: token t sees min(t, window) of them, itself included."""
+    full = min(context, window)
+    return (full * (full + 1) / 2 + (context - full) * window) / context
+
+
+def rotary_frequencies(
+    head_dim: int,
+    base: float,
+    scaling: str = "none",
+    factor: float = 1.0,
+    length: int = 4_096,
+    device: torch.device | None = None,
+) -> Tensor:
+    """[head_dim / 2] float64, radians per token of each pair of channels: base^(-2i / head_dim), for texts `factor`
+    times longer than in training changed by `scaling`:
+
+    - "none": not at all.
+    - "ntk": a larger base, base * factor^(d / (d - 2)): the slowest pair turns `factor` times slower, the fastest as
+      before.
+    - "yarn" (arXiv 2309.00071): pairs that turn 32 times and more over the `length` tokens of a training sequence stay;
+      those that turn less than once are slowed by `factor`; in between the two are mixed linearly in the turns.
+
+    ValueError for another scaling, a factor below 1 (with "none" other than 1), or ntk with heads of 2 channels.
+    """
+    if scaling not in ("none", "ntk", "yarn"):
+        raise ValueError(f"rope_scaling is {scaling!r}; expected 'none', 'ntk' or 'yarn'")
+    if not factor >= 1 or (scaling == "none" and factor != 1):
+        raise ValueError(f"rope_factor is {factor}; expected at least 1, and 1 without rope_scaling")
+    if scaling == "ntk":
+        if head_dim == 2:
+            raise ValueError("rope_scaling is 'ntk' with heads of 2 channels; expected 4 or more")
+        base *= factor ** (head_dim / (head_dim - 2))
+    exponent = torch.arange(0, head_dim, 2, device=device, dtype=torch.float64) / head_dim
+    frequencies = base**-exponent
+    if scaling == "yarn":
+        turns = length * frequencies / (2 * math.pi)
+        kept = ((turns - 1) / (32 - 1)).clamp(0, 1)
+        frequencies = frequencies * (kept + (1 - kept) / factor)
+    return frequencies
+
+
+def rotary_angles(positions: Tensor, frequencies: Tensor) -> Tensor:
+    """positions [B, T], frequencies [head_dim / 2] float64 -> angles [B, T, head_dim / 2] float32 in [0, 2 pi).
 
     The product and its remainder are taken in float64: in float32 the angle at position 1,000,000 would be off by 0.03.
     """
-    exponent = torch.arange(0, head_dim, 2, device=positions.device, dtype=torch.float64) / head_dim
-    return (positions[..., None] * base**-exponent).remainder(2 * math.pi).float()
+    return (positions[..., None] * frequencies).remainder(2 * math.pi).float()
 
 
 def rotate(x: Tensor, angles: Tensor) -> Tensor:
@@ -145,11 +205,11 @@ def rotate(x: Tensor, angles: Tensor) -> Tensor:
     return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1).to(x.dtype)
 
 
-def _sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, is_causal: bool = False) -> Tensor:
+def _sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float | None, is_causal: bool = False) -> Tensor:
     """q, k, v [B, T, heads, head_dim]; mask [B or 1, queries, keys], true where a query sees a key."""
     mask = None if mask is None else mask[:, None]
     o = F.scaled_dot_product_attention(
-        q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), attn_mask=mask, is_causal=is_causal
+        q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), attn_mask=mask, is_causal=is_causal, scale=scale
     )
     return o.transpose(1, 2)
 
@@ -175,6 +235,7 @@ def _masked(
     document: Tensor | None,
     state: AttentionState | None,
     window: int | None,
+    scale: float | None = None,
 ) -> Tensor:
     """All queries against all keys: the state's, then the segment's own."""
     key_positions = positions
@@ -184,7 +245,7 @@ def _masked(
     mask = _sees(positions, key_positions, window)
     if document is not None:
         mask = mask & (document[:, None] == document)
-    return _sdpa(q, k, v, mask)
+    return _sdpa(q, k, v, mask, scale)
 
 
 def _blocked(
@@ -195,6 +256,7 @@ def _blocked(
     document: Tensor | None,
     state: AttentionState | None,
     W: int,
+    scale: float | None = None,
 ) -> Tensor:
     """Queries in blocks of W against the keys of the block before and their own.
 
@@ -227,7 +289,7 @@ def _blocked(
         own = document[None]
         mask = mask & (blocks(own)[..., :, None] == with_previous(torch.full_like(past, -1), own)[..., None, :])
     mask = mask.expand(B, *mask.shape[1:]).flatten(0, 1)
-    o = _sdpa(blocks(q).flatten(0, 1), key_blocks.flatten(0, 1), value_blocks.flatten(0, 1), mask)
+    o = _sdpa(blocks(q).flatten(0, 1), key_blocks.flatten(0, 1), value_blocks.flatten(0, 1), mask, scale)
     return o.unflatten(0, (B, -1)).flatten(1, 2)[:, :T]
 
 

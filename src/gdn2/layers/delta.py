@@ -1,21 +1,25 @@
-"""The token mixer of Gated DeltaNet-2 (Figure 1, right)."""
+"""The token mixer of every delta rule, and with its own gates that of Gated DeltaNet-2 (Figure 1, right)."""
 
 import torch
 from torch import Tensor, nn
 
-from gdn2.layers.gates import ChannelGates
-from gdn2.layers.linear import Linear, low_rank
+from gdn2.layers.gates import ChannelGates, Gates
+from gdn2.layers.linear import Linear, check_sizes, low_rank
 from gdn2.layers.norm import GatedRMSNorm, l2_norm
 from gdn2.layers.state import DeltaState, count_sequences
 from gdn2.ops import gated_delta_rule_2
+from gdn2.ops.fused import fused
 from gdn2.ops.short_conv import short_conv
 
 
-class GatedDeltaNet2(nn.Module):
-    """Linear attention whose memory erases and writes through separate channel-wise gates.
+class DeltaMixer(nn.Module):
+    """Linear attention whose memory erases before it writes; a subclass adds `gates` and what follows the operator.
 
     q, k and v are projected, convolved over a few tokens and passed through SiLU; q and k have length 1 per head; the
     operator reads and updates the memory; its output is normalised per value head and gated.
+
+    A subclass sets `gates`, `output_gate` (x -> the pre-activation of the output's gate), `norm` and `out_proj`, in
+    this order, then calls `reset_parameters`.
 
     Args:
         d_model: width of the input and output.
@@ -23,31 +27,25 @@ class GatedDeltaNet2(nn.Module):
             query, key, decay and erase gate of key head j // (HV // H).
         key_dim, value_dim: channels per head, K and V. The memory of a value head is a [K, V] matrix.
         conv_width: taps of the short convolution, in tokens.
-        negative_eigenvalues: let the erase gate reach 2, so that the transition can reflect as well as shrink.
-        norm_eps: epsilon of the output norm.
 
     Raises:
         ValueError: num_value_heads is not a multiple of num_heads, or a size is below 1.
     """
 
+    gates: Gates
+    output_gate: nn.Module
+    norm: nn.Module
+    out_proj: Linear
+
     def __init__(
-        self,
-        d_model: int,
-        num_heads: int,
-        num_value_heads: int | None = None,
-        key_dim: int = 128,
-        value_dim: int = 128,
-        conv_width: int = 4,
-        negative_eigenvalues: bool = False,
-        norm_eps: float = 1e-5,
+        self, d_model: int, num_heads: int, num_value_heads: int | None, key_dim: int, value_dim: int, conv_width: int
     ) -> None:
         super().__init__()
         num_value_heads = num_heads if num_value_heads is None else num_value_heads
-        sizes = {"d_model": d_model, "num_heads": num_heads, "num_value_heads": num_value_heads, "key_dim": key_dim,
-                 "value_dim": value_dim, "conv_width": conv_width}  # fmt: skip
-        for name, size in sizes.items():
-            if size < 1:
-                raise ValueError(f"{name} is {size}; expected at least 1")
+        check_sizes(
+            d_model=d_model, num_heads=num_heads, num_value_heads=num_value_heads, key_dim=key_dim,
+            value_dim=value_dim, conv_width=conv_width,
+        )  # fmt: skip
         if num_value_heads % num_heads != 0:
             raise ValueError(f"num_value_heads is {num_value_heads}; expected a multiple of num_heads ({num_heads})")
         self.d_model, self.num_heads, self.num_value_heads = d_model, num_heads, num_value_heads
@@ -59,17 +57,18 @@ class GatedDeltaNet2(nn.Module):
         self.conv_q = nn.Parameter(torch.empty(keys, conv_width))
         self.conv_k = nn.Parameter(torch.empty(keys, conv_width))
         self.conv_v = nn.Parameter(torch.empty(values, conv_width))
-        self.gates = ChannelGates(d_model, num_heads, num_value_heads, key_dim, value_dim, negative_eigenvalues)
-        self.output_gate = low_rank(d_model, value_dim, values, bias=True)
-        self.norm = GatedRMSNorm(value_dim, norm_eps)
-        self.out_proj = Linear(values, d_model, bias=False)
-        self.reset_parameters()
 
     def reset_parameters(self) -> None:
         """Convolutions start as torch's own do, uniform within 1 / sqrt(taps); the parts initialise themselves."""
         bound = self.conv_width**-0.5
         for weight in (self.conv_q, self.conv_k, self.conv_v):
             nn.init.uniform_(weight, -bound, bound)
+
+    def flops(self, context: int) -> float:
+        """Per token, besides the Linears: the convolutions, and 7 HV K V for the recurrence itself (the chunkwise form
+        spends more, to do it as matrix products): decay 1, reading along e 2, writing 2, reading along q 2."""
+        taps = self.conv_q.numel() + self.conv_k.numel() + self.conv_v.numel()
+        return 2 * taps + 7 * self.num_value_heads * self.key_dim * self.value_dim
 
     def initial_state(
         self, batch: int, device: torch.device | str | None = None, dtype: torch.dtype | None = None
@@ -111,9 +110,9 @@ class GatedDeltaNet2(nn.Module):
         """
         count_sequences(x, self.d_model, cu_seqlens)
         tails = (None, None, None) if state is None else state[:3]
-        q, conv_q = short_conv(self.q_proj(x), self.conv_q, tails[0], cu_seqlens)
-        k, conv_k = short_conv(self.k_proj(x), self.conv_k, tails[1], cu_seqlens)
-        v, conv_v = short_conv(self.v_proj(x), self.conv_v, tails[2], cu_seqlens)
+        q, conv_q = short_conv(self.q_proj(x), self.conv_q, tails[0], cu_seqlens, output_state)
+        k, conv_k = short_conv(self.k_proj(x), self.conv_k, tails[1], cu_seqlens, output_state)
+        v, conv_v = short_conv(self.v_proj(x), self.conv_v, tails[2], cu_seqlens, output_state)
         log_decay, erase, write = self.gates(x)
         o, memory = gated_delta_rule_2(
             l2_norm(q.unflatten(-1, (self.num_heads, self.key_dim))),
@@ -126,6 +125,86 @@ class GatedDeltaNet2(nn.Module):
             output_final_state=output_state,
             cu_seqlens=cu_seqlens,
         )
-        gate = self.output_gate(x).unflatten(-1, (self.num_value_heads, self.value_dim))
-        y = self.out_proj(self.norm(o, gate).flatten(-2))
-        return y, None if memory is None else DeltaState(conv_q, conv_k, conv_v, memory)
+        y = self.out_proj(self.read_out(o, x).flatten(-2))
+        if conv_q is None or conv_k is None or conv_v is None or memory is None:
+            return y, None
+        return y, DeltaState(conv_q, conv_k, conv_v, memory)
+
+    def read_out(self, o: Tensor, x: Tensor) -> Tensor:
+        """The operator's output [B, T, HV, V], normalised and gated by x [B, T, d_model]."""
+        gated: Tensor = self.norm(o, self.output_gate(x).unflatten(-1, (self.num_value_heads, self.value_dim)))
+        return gated
+
+
+class GatedDeltaNet2(DeltaMixer):
+    """The delta rule with separate channel-wise gates for decaying, erasing and writing (8-12).
+
+    Args:
+        d_model, num_heads, num_value_heads, key_dim, value_dim, conv_width: as for `DeltaMixer`.
+        negative_eigenvalues: let the erase gate reach 2, so that the transition can reflect as well as shrink.
+        norm_eps: epsilon of the output norm.
+        channel_erase, channel_write: without it that gate is averaged over the channels of its head (Table 5).
+        decay_lower_bound: a log-decay in nats, below 0, that none goes beneath; None for no bound. See `DecayGate`.
+
+    Raises:
+        ValueError: num_value_heads is not a multiple of num_heads, a size is below 1, or the bound is not below 0.
+    """
+
+    def __init__(
+        self,
+        d_model: int,
+        num_heads: int,
+        num_value_heads: int | None = None,
+        key_dim: int = 128,
+        value_dim: int = 128,
+        conv_width: int = 4,
+        negative_eigenvalues: bool = False,
+        norm_eps: float = 1e-5,
+        channel_erase: bool = True,
+        channel_write: bool = True,
+        decay_lower_bound: float | None = None,
+    ) -> None:
+        super().__init__(d_model, num_heads, num_value_heads, key_dim, value_dim, conv_width)
+        HV = self.num_value_heads
+        self.gates: ChannelGates = ChannelGates(
+            d_model, num_heads, HV, key_dim, value_dim, negative_eigenvalues, channel_erase, channel_write,
+            decay_lower_bound,
+        )  # fmt: skip
+        self.output_gate = low_rank(d_model, value_dim, HV * value_dim, bias=True)
+        self.norm: GatedRMSNorm = GatedRMSNorm(value_dim, norm_eps)
+        self.out_proj = Linear(HV * value_dim, d_model, bias=False)
+        self.reset_parameters()
+
+    def forward(
+        self,
+        x: Tensor,
+        state: DeltaState | None = None,
+        cu_seqlens: Tensor | None = None,
+        output_state: bool = True,
+    ) -> tuple[Tensor, DeltaState | None]:
+        """As `DeltaMixer.forward`; a decoding step on a GPU is one kernel."""
+        one = state is not None and x.ndim == 3 and x.shape[1] == 1 and cu_seqlens is None
+        if state is not None and one and self.gates.plain and not torch.is_grad_enabled() and fused(x):
+            count_sequences(x, self.d_model, cu_seqlens)
+            y, after = self._step(x, state)
+            return y, after if output_state else None
+        return super().forward(x, state, cu_seqlens, output_state)
+
+    def _step(self, x: Tensor, state: DeltaState) -> tuple[Tensor, DeltaState]:
+        """`forward` of one token [B, 1, d_model], fused between the projections."""
+        from gdn2.ops.kernels import decode
+
+        gates, decay = self.gates, self.gates.decay
+        projected = self.q_proj(x), self.k_proj(x), self.v_proj(x), *gates.project(x), self.output_gate(x)
+        token = decode.Token(*(p.squeeze(1) for p in projected))
+        weights = decode.Weights(self.conv_q, self.conv_k, self.conv_v, decay.rate, decay.delta, self.norm.weight)
+        conv_q, conv_k, conv_v = (tail.to(p.dtype) for tail, p in zip(state[:3], token))
+        y, after = decode.decode(
+            token,
+            weights,
+            decode.State(conv_q, conv_k, conv_v, state.memory),
+            scale=self.key_dim**-0.5,
+            largest_erase=gates.largest_erase,
+            norm_eps=self.norm.eps,
+        )
+        return self.out_proj(y).unsqueeze(1), DeltaState(*after)

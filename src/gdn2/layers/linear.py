@@ -18,6 +18,13 @@ def low_rank(d_in: int, rank: int, d_out: int, bias: bool = False) -> nn.Sequent
     return nn.Sequential(Linear(d_in, rank, bias=False), Linear(rank, d_out, bias=bias))
 
 
+def check_sizes(**sizes: int) -> None:
+    """ValueError naming the first that is below 1."""
+    for name, size in sizes.items():
+        if size < 1:
+            raise ValueError(f"{name} is {size}; expected at least 1")
+
+
 def at_least_float32(x: torch.Tensor) -> torch.Tensor:
     """x in float32, or in float64 where it is that already."""
     return x.to(torch.promote_types(x.dtype, torch.float32))

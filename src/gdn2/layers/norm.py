@@ -5,6 +5,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gdn2.layers.linear import at_least_float32
+from gdn2.ops.fused import fused
 
 
 class RMSNorm(nn.Module):
@@ -20,6 +21,10 @@ class RMSNorm(nn.Module):
         nn.init.ones_(self.weight)
 
     def forward(self, x: Tensor) -> Tensor:
+        if fused(x):
+            from gdn2.ops.kernels.norm import rms_norm
+
+            return rms_norm(x, self.weight, self.eps)
         wide = at_least_float32(x)
         return F.rms_norm(wide, self.weight.shape, self.weight.to(wide.dtype), self.eps).to(x.dtype)
 
@@ -28,10 +33,25 @@ class GatedRMSNorm(RMSNorm):
     """RMSNorm of x times SiLU of a gate; x and gate [..., dim]. The weight is shared by all heads."""
 
     def forward(self, x: Tensor, gate: Tensor) -> Tensor:  # type: ignore[override]
+        if fused(x):
+            from gdn2.ops.kernels.norm import rms_norm
+
+            return rms_norm(x, self.weight, self.eps, gate)
         return (super().forward(at_least_float32(x)) * F.silu(at_least_float32(gate))).to(gate.dtype)
+
+
+class SigmoidGatedRMSNorm(RMSNorm):
+    """RMSNorm of x times the sigmoid of a gate; x and gate [..., dim]. The weight is shared by all heads."""
+
+    def forward(self, x: Tensor, gate: Tensor) -> Tensor:  # type: ignore[override]
+        return (super().forward(at_least_float32(x)) * torch.sigmoid(at_least_float32(gate))).to(gate.dtype)
 
 
 def l2_norm(x: Tensor, eps: float = 1e-6) -> Tensor:
     """x over its length along the last axis. With eps under the root, a zero vector and its gradient stay finite."""
+    if fused(x):
+        from gdn2.ops.kernels import norm
+
+        return norm.l2_norm(x, eps)
     wide = at_least_float32(x)
     return (wide * torch.rsqrt(wide.square().sum(-1, keepdim=True) + eps)).to(x.dtype)

@@ -19,6 +19,31 @@ class DeltaState(NamedTuple):
     memory: Tensor
 
 
+class Mamba2State(NamedTuple):
+    """State of Mamba-2, one row per sequence.
+
+    conv [N, conv_width - 1, H * V + 2 K] are the last inputs of the short convolution (x, B, C), oldest first; memory
+    [N, H, K, V] is the operator's state, float32 (float64 in a float64 model).
+    """
+
+    conv: Tensor
+    memory: Tensor
+
+
+class Mamba3State(NamedTuple):
+    """State of Mamba-3, one row per sequence.
+
+    angles [N, H, pairs] are the rotation so far, in [0, 2 pi], and memory [N, H, K, V] is the operator's state, both
+    float32 (float64 in a float64 model); key [N, R, H, K] and value [N, R, H, V] are those of the last token, which
+    the next one still writes with.
+    """
+
+    angles: Tensor
+    memory: Tensor
+    key: Tensor
+    value: Tensor
+
+
 class AttentionState(NamedTuple):
     """State of window attention: rings of the last W rotated keys and values, one row per sequence.
 

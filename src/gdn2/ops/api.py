@@ -1,8 +1,9 @@
 """One entry to the operator: arguments checked, backend chosen, called."""
 
+import importlib.util
 import itertools
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import torch
@@ -12,7 +13,9 @@ from gdn2.ops import library
 from gdn2.ops.layout import sequence_bounds
 from gdn2.ops.reference import recurrence
 
-BACKENDS = ("auto", "reference", "torch")
+BACKENDS = ("auto", "reference", "torch", "triton")
+DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+TRITON = importlib.util.find_spec("triton") is not None
 
 _log = logging.getLogger("gdn2")
 _announced: set[str] = set()
@@ -40,16 +43,35 @@ def operator(
     if backend not in BACKENDS:
         raise ValueError(f"backend is {backend!r}; expected one of {', '.join(BACKENDS)}")
     if backend == "auto":
-        backend = "torch"
-        _announce(f"backend 'auto' on {q.device.type}: {backend}")
+        backend = "torch" if v.device.type != "cuda" or _without_kernels(k, v) is not None else "triton"
+        _announce(f"backend 'auto' on {v.device.type}: {backend}")
     scale = k.shape[-1] ** -0.5 if scale is None else scale
     if backend == "reference":
         o, state = _reference(q, k, v, log_decay, erase, write, scale, initial_state, cu_seqlens)
     else:
         inputs = (q, k, v, log_decay, erase, write, initial_state)
         save = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs)
-        o, state, *_ = library.chunk(*inputs, cu_seqlens, scale, save)
+        op = library.chunk if backend == "torch" else _kernels(k, v)
+        o, state, *_ = op(*inputs, cu_seqlens, scale, save)
     return o, state if output_final_state else None
+
+
+def _without_kernels(k: Tensor, v: Tensor) -> str | None:
+    """Why the Triton kernels cannot run here; None if they can."""
+    if not TRITON:
+        return "need the package triton, which is not installed"
+    from gdn2.ops.kernels.library import obstacle
+
+    return obstacle(v, k.shape[-1])
+
+
+def _kernels(k: Tensor, v: Tensor) -> Callable[..., tuple[Tensor, ...]]:
+    reason = _without_kernels(k, v)
+    if reason is not None:
+        raise ValueError(f"backend is 'triton', whose kernels {reason}; expected 'auto' or 'torch' here")
+    from gdn2.ops.kernels.library import forward
+
+    return forward
 
 
 def _announce(text: str) -> None:
@@ -65,7 +87,8 @@ def _reference(
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """`recurrence` over each packed sequence in turn."""
     bounds = [0, k.shape[1]] if cu_seqlens is None else sequence_bounds(cu_seqlens, k.shape[1]).tolist()
-    outputs, states = [v[:, :0]], [v.new_empty(0, v.shape[2], k.shape[3], v.shape[3])]
+    no_state = v.new_empty(0, v.shape[2], k.shape[3], v.shape[3], dtype=torch.promote_types(v.dtype, torch.float32))
+    outputs, states = [v[:, :0]], [no_state]
     for n, (begin, end) in enumerate(itertools.pairwise(bounds)):
 
         def cut(x: Tensor | None, tokens: slice = slice(begin, end)) -> Tensor | None:
@@ -80,8 +103,8 @@ def _reference(
 
 
 def check(
-    q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None, erase: Tensor | None, write: Tensor | None,
-    initial_state: Tensor | None, cu_seqlens: Tensor | None,
+    q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None = None, erase: Tensor | None = None,
+    write: Tensor | None = None, initial_state: Tensor | None = None, cu_seqlens: Tensor | None = None,
 ) -> None:  # fmt: skip
     """ValueError naming the first tensor whose shape, dtype or device does not fit, and what was expected."""
     for name, main in (("q", q), ("k", k), ("v", v)):
@@ -103,32 +126,35 @@ def check(
         if x is not None and not (x.dim() == 4 and x.shape[:3] == (B, T, heads) and x.shape[3] in widths):
             last = " or ".join(str(w) for w in dict.fromkeys(widths))
             raise ValueError(f"{name} has shape {_show(x)}; expected [{B}, {T}, {heads}, {last}]")
-    _check_sequences(B, T, cu_seqlens, initial_state, (HV, K, V))
+    _check_sequences(B, T, cu_seqlens, initial_state, (HV, K, V), v.device)
     floats = {name: x for name, (x, _, _) in expected.items()} | {"k": k, "v": v, "initial_state": initial_state}
     for name, x in floats.items():
         if x is None:
             continue
-        if not x.is_floating_point():
-            raise ValueError(f"{name} has dtype {x.dtype}; expected a floating-point dtype")
+        if x.dtype not in DTYPES:
+            raise ValueError(f"{name} has dtype {x.dtype}; expected float64, float32, bfloat16 or float16")
         if (x.dtype == torch.float64) != (v.dtype == torch.float64):
             raise ValueError(
                 f"{name} has dtype {x.dtype} and v {v.dtype}; expected float64 for all tensors or for none"
             )
         if x.device != v.device:
             raise ValueError(f"{name} is on {x.device}; expected {v.device}, the device of v")
-    if _debug and log_decay is not None and not bool((log_decay <= 0).all()):
-        worst = log_decay.detach().flatten()[(~(log_decay <= 0)).flatten().nonzero()[0]].item()
-        raise ValueError(f"log_decay holds {worst}; expected nats <= 0 everywhere")
+    if _debug and log_decay is not None and not torch.compiler.is_compiling() and not bool((log_decay <= 0).all()):
+        first = log_decay.detach()[~(log_decay <= 0)][0].item()
+        raise ValueError(f"log_decay holds {first}; expected nats <= 0 everywhere")
 
 
 def _check_sequences(
-    B: int, T: int, cu_seqlens: Tensor | None, initial_state: Tensor | None, state: tuple[int, int, int]
-) -> None:
+    B: int, T: int, cu_seqlens: Tensor | None, initial_state: Tensor | None, state: tuple[int, int, int],
+    device: torch.device,
+) -> None:  # fmt: skip
     N = B
     if cu_seqlens is not None:
         if cu_seqlens.dim() != 1 or len(cu_seqlens) < 1 or cu_seqlens.dtype not in (torch.int32, torch.int64):
             found = f"cu_seqlens has shape {_show(cu_seqlens)} and dtype {cu_seqlens.dtype}"
             raise ValueError(f"{found}; expected [N + 1], int32 or int64")
+        if cu_seqlens.device not in (device, torch.device("cpu")):
+            raise ValueError(f"cu_seqlens is on {cu_seqlens.device}; expected {device}, the device of v, or cpu")
         if B != 1:
             raise ValueError(f"cu_seqlens packs sequences into one row, but B is {B}; expected B = 1")
         N = len(cu_seqlens) - 1

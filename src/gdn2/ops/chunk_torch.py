@@ -42,6 +42,9 @@ class Inputs:
     scale: float
 
     def __post_init__(self) -> None:
+        for name, x in self.tensors().items():  # once here, or every segment would copy all of a strided tensor
+            shared = x.shape[-1] > 1 and x.stride(-1) == 0
+            setattr(self, name, x[..., :1].contiguous().expand(x.shape) if shared else x.contiguous())
         self.dtype = torch.promote_types(self.v.dtype, torch.float32)
         self.H = self.k.shape[2]
         self.G = self.v.shape[2] // self.H

@@ -66,7 +66,7 @@ def chunk(
     if k.shape[1] == 1 and cu_seqlens is None and not save:  # a decoding step has no chunk to speak of
         o, state = recurrence(q, k, v, log_decay, erase, write, scale, initial_state)
         nothing = _new(v, [0])
-        return o.to(v.dtype), state, nothing, nothing.clone(), nothing.clone()
+        return o.to(v.dtype), state.contiguous(), nothing, nothing.clone(), nothing.clone()
     x = chunk_torch.Inputs(q, k, v, log_decay, erase, write, scale)
     layout = ChunkLayout(k.shape, cu_seqlens, chunk_size(k.shape[1]), k.device)
     shapes = _residual_shapes(k, v, erase, cu_seqlens) if save else [[0]] * 3

@@ -7,6 +7,7 @@
 | Gated DeltaNet     | scalar per head | scalar beta | the same beta |
 | DeltaNet           | none            | scalar beta | the same beta |
 | Mamba-2 (SSD)      | scalar per head | none        | scalar dt     |
+| Mamba-3            | scalar per head | none        | see mamba3.py |
 
 A scalar gate is handed over with one channel, [B, T, heads, 1], which the operator broadcasts: no copy is made, and its
 gradient is the tied one, dL/dbeta = <dL/db, 1> + <dL/dw, 1> (48). Shapes, here and below: q, k [B, T, H, K];
@@ -15,7 +16,7 @@ v [B, T, HV, V] with HV a multiple of H; value head j uses key head j // (HV // 
 
 from torch import Tensor
 
-from gdn2.ops.api import operator
+from gdn2.ops.api import DTYPES, check, operator
 
 
 def gated_delta_rule_2(
@@ -35,7 +36,9 @@ def gated_delta_rule_2(
         initial_state: [N, HV, K, V], zeros when None. N is B, or the number of packed sequences.
         output_final_state: whether to return the state after the last token.
         cu_seqlens: [N + 1] int32 or int64, offsets that pack N sequences into B = 1; some may be empty.
-        backend: "auto", "reference" (token by token, the specification) or "torch" (chunkwise, any device).
+        backend: "reference" (token by token, the specification), "torch" (chunkwise, any device), "triton" (kernels for
+            CUDA tensors of at most 32 bits and heads of at most 256 channels), or "auto": triton where it can, else
+            torch.
 
     Returns:
         o [B, T, HV, V] in v's dtype, and the final state [N, HV, K, V] or None. The state and all sums are float32
@@ -69,6 +72,7 @@ def gated_delta_rule(
     cu_seqlens: Tensor | None = None, backend: str = "auto",
 ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
     """Gated DeltaNet: one log_decay [B, T, H] and one beta [B, T, HV] per head and token."""
+    check(q, k, v)
     q, k, decay, beta = _per_value_head(q, k, v, _scalar("log_decay", log_decay, k), beta)
     return operator(
         q, k, v, decay, beta, beta, scale=scale, initial_state=initial_state,
@@ -95,6 +99,7 @@ def mamba2(
     cu_seqlens: Tensor | None = None, backend: str = "auto",
 ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
     """Mamba-2's recurrence: q = C, k = B, v = x, log_decay = A * dt [B, T, H], write = dt [B, T, HV]; scale is 1."""
+    check(q, k, v)
     return operator(
         q, k, v, _scalar("log_decay", log_decay, k), None, _scalar("write", write, v), scale=scale,
         initial_state=initial_state, output_final_state=output_final_state, cu_seqlens=cu_seqlens, backend=backend,
@@ -105,6 +110,8 @@ def _scalar(name: str, gate: Tensor, x: Tensor) -> Tensor:
     """[B, T, heads] -> [B, T, heads, 1]."""
     if gate.shape != x.shape[:3]:
         raise ValueError(f"{name} has shape {list(gate.shape)}; expected {list(x.shape[:3])}, one per token and head")
+    if gate.dtype not in DTYPES:
+        raise ValueError(f"{name} has dtype {gate.dtype}; expected float64, float32, bfloat16 or float16")
     return gate.unsqueeze(-1)
 
 
@@ -112,9 +119,10 @@ def _per_value_head(
     q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None, beta: Tensor
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
     """q, k, log_decay and beta [B, T, HV, ...]: a beta per value head erases differently in each head of a group."""
+    check(q, k, v, log_decay)  # before the heads are repeated: messages speak of the shapes that were given
     beta = _scalar("beta", beta, v)
     H, HV = k.shape[2], v.shape[2]
-    if H == HV or HV % H:  # the operator refuses the latter
+    if H == HV:
         return q, k, log_decay, beta
     G = HV // H
     decay = None if log_decay is None else log_decay.repeat_interleave(G, dim=2)

@@ -9,18 +9,25 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from gdn2.ops.fused import fused
+
 
 def short_conv(
-    x: Tensor, weight: Tensor, tail: Tensor | None = None, cu_seqlens: Tensor | None = None
-) -> tuple[Tensor, Tensor]:
+    x: Tensor,
+    weight: Tensor,
+    tail: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    output_tail: bool = True,
+) -> tuple[Tensor, Tensor | None]:
     """Convolve every channel with its own taps and apply SiLU.
 
     Args:
         x: [B, T, D], T >= 0.
-        weight: [D, width]; used in x's dtype.
+        weight: [D, width]; rounded to x's dtype, or used as it is by the fused kernel (see `fused`).
         tail: [N, width - 1, D], the inputs just before each sequence, oldest first; zeros when None.
         cu_seqlens: [N + 1] int64 or int32 token offsets that pack N sequences, empty ones included, into B = 1.
             None means N = B sequences of T tokens.
+        output_tail: without it the returned tail is None, and its cost is saved.
 
     Returns:
         y [B, T, D] and the tail [N, width - 1, D] that continues each sequence, both in x's dtype. Differentiable in x,
@@ -40,16 +47,19 @@ def short_conv(
     B, T, D = x.shape
     N = B if cu_seqlens is None else cu_seqlens.shape[0] - 1
     past = weight.shape[1] - 1
-    if tail is None:
-        tail = x.new_zeros(N, past, D)
-    elif tail.shape != (N, past, D):
+    if tail is not None and tail.shape != (N, past, D):
         raise ValueError(f"tail has shape {list(tail.shape)}; expected {[N, past, D]}")
-    tail = tail.to(x.dtype)
+    if fused(x):
+        from gdn2.ops.kernels import conv
+
+        return conv.short_conv(x, weight, None if tail is None else tail.to(x.dtype), cu_seqlens, output_tail)
+    tail = x.new_zeros(N, past, D) if tail is None else tail.to(x.dtype)
     taps = weight.to(x.dtype).t().contiguous()  # one contiguous row of D per tap: the products below then vectorise
 
     if cu_seqlens is None:
         inputs = torch.cat([tail, x], dim=1)
-        return F.silu(_taps(inputs, taps)), inputs[:, T:].clone()  # a view would keep all of the inputs alive
+        after = inputs[:, T:].clone() if output_tail else None  # a view would keep all of the inputs alive
+        return F.silu(_taps(inputs, taps)), after
 
     # One long sequence in which each sequence stands behind its own tail: token t moves to row t + past * (s + 1).
     sequence = sequence_of_token(cu_seqlens, T)
@@ -61,6 +71,8 @@ def short_conv(
     rows[token_row] = torch.arange(N * past, N * past + T, device=x.device)
     inputs = torch.cat([tail.flatten(0, 1), x[0]])[rows]
     y = _taps(inputs[None], taps)[:, token_row - past]
+    if not output_tail:
+        return F.silu(y), None
     ends = cu_seqlens[1:, None] + past * torch.arange(N, device=x.device)[:, None] + offset
     return F.silu(y), inputs[ends]
 

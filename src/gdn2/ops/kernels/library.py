@@ -1,0 +1,97 @@
+"""The Triton kernels as `torch.library` ops with fakes and autograd, as `gdn2.ops.library` does for the chunk form."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gdn2.ops.kernels import launch
+from gdn2.ops.kernels.run import INTERPRET
+
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+
+
+def obstacle(v: Tensor, K: int) -> str | None:
+    """What keeps the kernels from v [B, T, HV, V] and key size K, as the end of a sentence; None if they can run."""
+    if v.device.type != "cuda" and not INTERPRET:
+        return f"need CUDA tensors, and v is on {v.device}"
+    if v.dtype not in DTYPES:
+        return f"take bfloat16, float16 and float32, and v has dtype {v.dtype}"
+    if max(K, v.shape[-1]) > launch.MAX_HEAD:
+        return f"take head sizes up to {launch.MAX_HEAD}, and here K = {K}, V = {v.shape[-1]}"
+    return None
+
+
+@torch.library.custom_op("gdn2::triton", mutates_args=())
+def forward(
+    q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None, erase: Tensor | None, write: Tensor | None,
+    initial_state: Tensor | None, cu_seqlens: Tensor | None, scale: float, save: bool,
+) -> tuple[Tensor, Tensor, list[Tensor]]:  # fmt: skip
+    """o, the final state, and `launch.Residuals` (none unless `save`)."""
+    if k.shape[1] == 1 and cu_seqlens is None and not save:  # a decoding step has no chunk to speak of
+        state = v.new_zeros(_state_shape(k, v, None), dtype=torch.float32)
+        if initial_state is not None:
+            state.copy_(initial_state)
+        g, b, w = (None if gate is None else gate[:, 0] for gate in (log_decay, erase, write))
+        o = launch.step(q[:, 0], k[:, 0], v[:, 0], g, b, w, scale, state)
+        return o.unsqueeze(1), state, []
+    o, final, kept = launch.forward(
+        q, k, v, log_decay, erase, write, scale, initial_state, cu_seqlens, output_final_state=True,
+        save_for_backward=save,
+    )  # fmt: skip
+    assert final is not None  # it was asked for
+    return o, final, list(kept)
+
+
+@forward.register_fake
+def _(
+    q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None, erase: Tensor | None, write: Tensor | None,
+    initial_state: Tensor | None, cu_seqlens: Tensor | None, scale: float, save: bool,
+) -> tuple[Tensor, Tensor, list[Tensor]]:  # fmt: skip
+    state = v.new_empty(_state_shape(k, v, cu_seqlens), dtype=torch.float32)
+    specs = launch.residual_specs(k, v, erase, cu_seqlens)
+    kept = [v.new_empty(shape, dtype=dtype) for shape, dtype in specs] if save else []
+    return v.new_empty(v.shape), state, kept
+
+
+def _state_shape(k: Tensor, v: Tensor, cu_seqlens: Tensor | None) -> list[int]:
+    N = k.shape[0] if cu_seqlens is None else len(cu_seqlens) - 1
+    return [N, v.shape[2], k.shape[3], v.shape[3]]
+
+
+@torch.library.custom_op("gdn2::triton_backward", mutates_args=())
+def backward(
+    do: Tensor, d_final: Tensor, q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None, erase: Tensor | None,
+    write: Tensor | None, initial_state: Tensor | None, cu_seqlens: Tensor | None, scale: float, kept: list[Tensor],
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """Gradients of q, k, v, log_decay, erase, write and the initial state; empty where there is no such input."""
+    grads = launch.backward(
+        do, d_final, q, k, v, log_decay, erase, write, scale, initial_state, cu_seqlens, tuple(kept)
+    )
+    dq, dk, dv, dg, db, dw, d_initial = (q.new_empty(0) if x is None else x for x in grads)
+    return dq, dk, dv, dg, db, dw, d_initial
+
+
+@backward.register_fake
+def _(
+    do: Tensor, d_final: Tensor, q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None, erase: Tensor | None,
+    write: Tensor | None, initial_state: Tensor | None, cu_seqlens: Tensor | None, scale: float, kept: list[Tensor],
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    inputs = (q, k, v, log_decay, erase, write, initial_state)
+    dq, dk, dv, dg, db, dw, d_initial = (q.new_empty(0) if x is None else x.new_empty(x.shape) for x in inputs)
+    return dq, dk, dv, dg, db, dw, d_initial
+
+
+def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, list[Tensor]]) -> None:
+    *tensors, scale, _ = inputs
+    ctx.save_for_backward(*tensors, *output[2])
+    ctx.scale = scale
+
+
+def _backward(ctx: Any, do: Tensor, d_final: Tensor, _: list[Tensor | None]) -> tuple[Tensor | None, ...]:
+    *tensors, cu_seqlens = ctx.saved_tensors[:8]
+    grads = backward(do, d_final, *tensors, cu_seqlens, ctx.scale, list(ctx.saved_tensors[8:]))
+    return *(g if t is not None else None for g, t in zip(grads, tensors)), None, None, None
+
+
+forward.register_autograd(_backward, setup_context=_setup)

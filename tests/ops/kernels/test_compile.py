@@ -1,0 +1,76 @@
+"""The kernels compile for an H100 in the tiles it would run, without one: the interpreter overlooks wrong types."""
+
+import os
+import subprocess
+import sys
+
+import torch
+
+KERNELS = {
+    "activate", "activate_back", "carry_tail", "convolve", "convolve_back", "locate_tokens", "normalize",
+    "normalize_back", "prepare_token", "recur_token", "tail_back",
+}  # fmt: skip
+
+
+def main() -> None:
+    """Call every operation, its kernels compiled instead of launched."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    from gdn2.ops.kernels import activation, conv, decode, norm
+
+    kinds = {
+        torch.bfloat16: "*bf16", torch.float32: "*fp32", torch.int32: "*i32", torch.int64: "*i64",
+        int: "i32", float: "fp32", type(None): "constexpr",
+    }  # fmt: skip
+    done = set()
+
+    def compile_only(kernel, programs, args, constants, warps=4, stages=1):
+        given = [kinds[x.dtype if isinstance(x, torch.Tensor) else type(x)] for x in args]
+        signature = dict(zip(kernel.arg_names, given + ["constexpr"] * len(constants), strict=True))
+        values = {name: x for name, x in zip(kernel.arg_names, (*args, *constants)) if signature[name] == "constexpr"}
+        source = ASTSource(fn=kernel, signature=signature, constexprs=values)
+        triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": warps, "num_stages": stages})
+        done.add(kernel.fn.__name__)
+
+    for module in (activation, conv, decode, norm):
+        module.run = compile_only
+
+    def leaf(*shape, dtype=torch.bfloat16):
+        return torch.zeros(shape, dtype=dtype).requires_grad_()
+
+    def differentiate(outputs, *leaves):
+        torch.autograd.grad([o.sum() for o in outputs], leaves)
+
+    H, HV, K, V, T = 2, 4, 12, 100, 9
+    keys, values = H * K, HV * V
+    x, weight, tail = leaf(1, T, keys), leaf(keys, 4, dtype=torch.float32), leaf(2, 3, keys)
+    differentiate(conv.short_conv(x, weight, tail, torch.tensor([0, 5, T]), True), x, weight, tail)
+    differentiate(conv.short_conv(x, weight, None, None, False)[:1], x, weight)
+    o, gate, scale = leaf(T, V), leaf(T, V), leaf(V, dtype=torch.float32)
+    differentiate([norm.rms_norm(o, scale, 1e-5, gate)], o, scale, gate)
+    differentiate([norm.l2_norm(o, 1e-6)], o)
+    pre, parameters = (leaf(T, keys), leaf(T, keys), leaf(T, values)), (leaf(H, dtype=torch.float32), weight[:, 0])
+    differentiate(activation.gates(*pre, *parameters, 1.0), *pre, *parameters)
+    widths = (keys, keys, values, keys, keys, values, values)
+    token = decode.Token(*(torch.zeros(3, n, dtype=torch.bfloat16) for n in widths))
+    taps = [torch.zeros(n, 4) for n in widths[:3]]
+    weights = decode.Weights(*taps, torch.zeros(H), torch.zeros(keys), torch.zeros(V))
+    tails = [torch.zeros(3, 3, n, dtype=torch.bfloat16) for n in widths[:3]]
+    state = decode.State(*tails, torch.zeros(3, HV, K, V))
+    options = {"scale": 1.0, "largest_erase": 1.0, "norm_eps": 1e-5}
+    decode.decode(token, weights, state, **options)
+    decode.decode_in_place(token, weights, state, torch.arange(3), **options)
+    print(*done)
+
+
+def test_every_kernel_compiles_for_an_h100():
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    result = subprocess.run([sys.executable, __file__], env=environment, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    assert set(result.stdout.split()) == KERNELS
+
+
+if __name__ == "__main__":
+    main()

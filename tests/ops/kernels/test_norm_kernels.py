@@ -1,0 +1,130 @@
+"""The fused norms are held to their formulas in float64; under the interpreter without a GPU."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from operands import assert_close
+
+from gdn2.ops.kernels import norm
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+# Relative L2. float32: a sum of up to 2,304 squares, a root and a few products (over all rows for the weight). 16 bits:
+# each result is rounded once, to 8 bits (bfloat16: within 2^-8, and the interpreter truncates) or to 11.
+BOUNDS = {torch.float32: 2e-6, torch.bfloat16: 5e-3, torch.float16: 7e-4}
+EPS = 1e-5
+
+
+def arguments(shape=(3, 5, 2, 16), dtype=torch.float32, gate_dtype=None, weight_dtype=None):
+    torch.manual_seed(0)
+    normal = lambda dtype, *s: torch.randn(*s, dtype=torch.float64).to(DEVICE, dtype).requires_grad_()  # noqa: E731
+    return normal(dtype, *shape), normal(weight_dtype or dtype, shape[-1]), normal(gate_dtype or dtype, *shape)
+
+
+def l2_norm(x):
+    return norm.l2_norm(x, EPS)
+
+
+def rms_norm(x, weight):
+    return norm.rms_norm(x, weight, EPS)
+
+
+def gated(x, weight, gate):
+    return norm.rms_norm(x, weight, EPS, gate)
+
+
+FUNCTIONS = {
+    l2_norm: lambda x: x / (x.square().sum(-1, keepdim=True) + EPS).sqrt(),
+    rms_norm: lambda x, weight: x / (x.square().mean(-1, keepdim=True) + EPS).sqrt() * weight,
+    gated: lambda x, weight, gate: x / (x.square().mean(-1, keepdim=True) + EPS).sqrt() * weight * F.silu(gate),
+}
+
+
+def results(function, leaves):
+    y = function(*leaves)
+    upstream = torch.randn(y.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64).to(y)
+    gradients = torch.autograd.grad(y, leaves, upstream)
+    named = {"y": y} | {f"d {n}": g for n, g in zip(("x", "weight", "gate"), gradients)}
+    return {n: t.detach().double().cpu() for n, t in named.items()}
+
+
+def held_to_formula(function, tensors, bound=None):
+    leaves = tensors[: function.__code__.co_argcount]
+    expected = results(FUNCTIONS[function], [t.detach().double().requires_grad_() for t in leaves])
+    assert_close(results(function, leaves), expected, bound or max(BOUNDS[t.dtype] for t in leaves))
+
+
+@pytest.mark.parametrize("function", FUNCTIONS)
+@pytest.mark.parametrize("shape", [(1, 3), (3, 5, 2, 16), (70, 12), (9, 100)], ids=str)
+def test_norms_match_their_formulas(function, shape):
+    held_to_formula(function, arguments(shape))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_16_bit_tensors_are_rounded_once(dtype):
+    for function in FUNCTIONS:
+        held_to_formula(function, arguments(dtype=dtype, weight_dtype=torch.float32))
+
+
+def test_the_result_has_the_dtype_of_the_gate():
+    x, weight, gate = arguments(gate_dtype=torch.bfloat16)
+    assert gated(x, weight, gate).dtype == torch.bfloat16
+    held_to_formula(gated, (x, weight, gate))
+
+
+@pytest.mark.parametrize("function", FUNCTIONS)
+def test_zero_rows_and_large_ones_stay_finite(function):
+    x, weight, gate = arguments()
+    x.data[0] = 0
+    x.data[1] *= 1e15
+    gate.data[2] *= 1e4
+    held_to_formula(function, (x, weight, gate))
+
+
+def test_no_rows_give_no_rows_and_no_weight_gradient():
+    x, weight, gate = arguments((0, 16))
+    (gradient,) = torch.autograd.grad(gated(x, weight, gate).sum(), weight)
+    assert torch.equal(gradient, torch.zeros_like(weight))
+
+
+def test_strided_tensors_match_contiguous_ones():
+    x, weight, gate = arguments()
+    strided = [t.detach().transpose(0, -1).contiguous().transpose(0, -1).requires_grad_() for t in (x, weight, gate)]
+    assert_close(results(gated, strided), results(gated, (x, weight, gate)), 0)
+
+
+@pytest.mark.parametrize("function", FUNCTIONS)
+def test_opcheck_passes(function):
+    x, weight, gate = arguments((3, 2, 16))
+    missing = {l2_norm: (None, None), rms_norm: (weight, None), gated: (weight, gate)}[function]
+    torch.library.opcheck(norm._norm, (x, *missing, EPS, 1 / 16))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(DEVICE == "cpu", reason="no CUDA device")
+@pytest.mark.parametrize("dtype", BOUNDS)
+@pytest.mark.parametrize("shape", [(300, 16, 128), (77, 2304), (501, 100), (33, 256), (5, 16384)], ids=str)
+def test_gpu_matches_the_formulas(dtype, shape):
+    for function in FUNCTIONS:
+        held_to_formula(function, arguments(shape, dtype))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(DEVICE == "cpu", reason="no CUDA device")
+def test_gpu_gives_the_same_bits_twice():
+    once, twice = (results(gated, arguments((3000, 16, 128), torch.bfloat16)) for _ in range(2))
+    assert all(torch.equal(once[name], twice[name]) for name in once)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(DEVICE == "cpu", reason="no CUDA device")
+def test_gpu_reaches_beyond_2_to_the_31_elements():
+    """22 GB."""
+    end = 10
+    x, gate = torch.randn(2, 2**31 // 128 + end, 128, device=DEVICE, dtype=torch.bfloat16)
+    weight = torch.randn(128, device=DEVICE)
+    y, alone = norm.rms_norm(x, weight, EPS, gate), norm.rms_norm(x[-end:], weight, EPS, gate[-end:])
+    assert torch.equal(y[-end:], alone)
+    dx, _, dgate = norm._norm_backward(y, x, weight, gate, EPS, 1 / 128)
+    alone = norm._norm_backward(y[-end:], x[-end:], weight, gate[-end:], EPS, 1 / 128)
+    assert torch.equal(dx[-end:], alone[0])
+    assert torch.equal(dgate[-end:], alone[2])
