@@ -4,7 +4,6 @@ PYTHON ?= python3
 TORCH ?= $(shell sed -n 's/^torch==//p' constraints.txt)
 CORES := $(shell getconf _NPROCESSORS_ONLN)
 BIN := .venv/bin
-DEMO := runs/demo
 
 .DEFAULT_GOAL := help
 .PHONY: help setup demo test lint format types dist bench clean
@@ -12,35 +11,42 @@ DEMO := runs/demo
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 16
 
-setup: .venv/ready ## create .venv with the package, its extras and tools, at pinned versions
+setup: .venv/torch-$(TORCH) ## create .venv with the package, its extras and tools, at pinned versions
 
 # Another torch than the pinned one brings its own triton.
-.venv/ready: pyproject.toml constraints.txt
+.venv/torch-$(TORCH): pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
+	rm -f .venv/torch-*
 	sed "s/^torch==.*/torch==$(TORCH)/" constraints.txt > .venv/constraints.txt
 	test "$(TORCH)" = "$$(sed -n 's/^torch==//p' constraints.txt)" || sed -i.bak "/^triton==/d" .venv/constraints.txt
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint .venv/constraints.txt torch==$(TORCH)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint .venv/constraints.txt --editable '.[dev]'
 	touch $@
 
-demo: .venv/ready ## train, evaluate and sample a small language model on real text, in minutes on a CPU
-	$(BIN)/gdn2 demo --out $(DEMO)
+demo: .venv/torch-$(TORCH) ## train, evaluate and sample a small language model on real text, in minutes on a CPU
+	test -d corpora/demo || $(BIN)/gdn2 prepare --corpus stdlib --mix-recall 50000 --out corpora/demo
+	rm -rf runs/demo
+	$(BIN)/gdn2 train examples/demo.yaml --run runs/demo
+	$(BIN)/gdn2 eval runs/demo --samples 200
+	$(BIN)/gdn2 eval runs/demo --tasks niah_single_1 --length 640 --samples 20
+	$(BIN)/gdn2 generate runs/demo --prompt "def " --tokens 300 --seed 1
+	$(BIN)/gdn2 plot runs/demo
 
-test: .venv/ready lint types ## check style and types, then run the whole test suite
+test: .venv/torch-$(TORCH) lint types ## check style and types, then run the whole test suite
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(CORES) --dist worksteal
 
-lint: .venv/ready ## check style
+lint: .venv/torch-$(TORCH) ## check style
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
-format: .venv/ready ## put the code in style
+format: .venv/torch-$(TORCH) ## put the code in style
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-types: .venv/ready ## check types
+types: .venv/torch-$(TORCH) ## check types
 	$(BIN)/mypy
 
-dist: .venv/ready ## build wheel and sdist, install each in a clean environment and try it
+dist: .venv/torch-$(TORCH) ## build wheel and sdist, install each in a clean environment and try it
 	rm -rf dist
 	$(BIN)/python -m build --quiet
 	for file in dist/*.whl dist/*.tar.gz; do \
@@ -50,7 +56,8 @@ dist: .venv/ready ## build wheel and sdist, install each in a clean environment 
 	done
 	rm -rf .venv/smoke
 
-bench: .venv/ready ## time the operator on this machine's CPU
+bench: .venv/torch-$(TORCH) ## time the operator on this machine's CPU, beside fla-core's naive loops
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps fla-core==0.6.0
 	$(BIN)/python benchmarks/cpu_operator.py
 
 clean: ## remove everything that the other targets made

@@ -3,12 +3,14 @@
 import json
 import os
 import re
+import shutil
 import signal
 import sys
 import threading
 from io import StringIO
 
 import pytest
+from tokenizers import Tokenizer, models
 
 import gdn2
 from gdn2.cli import main
@@ -65,6 +67,16 @@ def test_help_has_an_example_that_keeps_its_line(capsys, command):
     assert any(line.startswith(f"gdn2 {command} ") for line in lines)
 
 
+def test_train_lists_every_setting_and_preset(capsys):
+    assert call("train", "--keys") == 0
+    out = capsys.readouterr().out
+    assert out.startswith("preset=null\n    all the model's settings at once, one of gdn2-1.3b,")
+    assert "gdn2-hybrid-tiny" in out
+    assert "\noptim.clip=1.0\n    largest gradient norm; 0 turns clipping off\n" in out
+    assert "\nseed=0\n" in out
+    assert all(len(line) <= 80 for line in out.splitlines())
+
+
 def test_help_lists_every_command(capsys):
     assert call("--help") == 0
     out = capsys.readouterr().out
@@ -97,10 +109,24 @@ def test_eval_shows_and_keeps_results(run, capsys):
     assert first["perplexity"]["checkpoint"] == "step_00000008"
     assert 0 <= first["recall"]["percent"] <= 100
     # Another call adds its tasks, and longer windows than the training's are fine.
-    assert call("eval", run, "--tasks", "perplexity", "--length", 100, "--tokens", 50) == 0
+    assert call("eval", run, "--tasks", "perplexity", "--length", 100, "--tokens", 300) == 0
     second = json.loads((run / "eval.json").read_text())
     assert second["perplexity"]["length"] == 100
+    assert second["perplexity"]["tokens"] == 300
     assert second["recall"] == first["recall"]
+
+
+def test_eval_of_a_packed_run_is_its_last_validation(shards, tmp_path):
+    run = tmp_path / "run"
+    arguments = ["train", "--preset", "gdn2-hybrid-tiny", "--run", run, f"data.path={shards}", *TINY]
+    assert call(*arguments, "data.packed=true", "train.tokens=256") == 0
+    assert call("eval", run, "--tasks", "perplexity") == 0
+    score = json.loads((run / "eval.json").read_text())["perplexity"]
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    validation = [row for row in rows if row["kind"] == "val"][-1]
+    # float32 sums over batches of another size
+    assert score["nats"] == pytest.approx(validation["loss"], rel=1e-5)
+    assert score["bits_per_byte"] == pytest.approx(validation["bits_per_byte"], rel=1e-5)
 
 
 def test_eval_asks_for_needles(run, capsys):
@@ -170,25 +196,26 @@ def test_resume_goes_on_and_takes_overrides(shards, tmp_path, capsys):
 
 
 def test_train_takes_a_file(shards, tmp_path):
-    config = tmp_path / "config.yaml"
+    config = tmp_path / "lr=1e-3.yaml"  # a file, for all its "="
     config.write_text(f"preset: gdn2-tiny\nseed: 3\ndata: {{path: {shards}}}\n")
     run = tmp_path / "run"
     assert call("train", config, "--run", run, *TINY, "train.tokens=128") == 0
     assert "seed: 3" in (run / "config.yaml").read_text()
 
 
-def test_interrupted_training_is_saved_and_leaves_with_0(shards, tmp_path, capsys):
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 0)])
+def test_interrupted_training_is_saved_and_its_code_tells_who_stopped_it(shards, tmp_path, capsys, number, code):
     run = tmp_path / "run"
     arguments = ["train", "--preset", "gdn2-tiny", "--run", run, f"data.path={shards}", *TINY, "train.tokens=100000000"]
 
     def interrupt():
         while not (run / "metrics.jsonl").exists():
             pass
-        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), number)
 
     watcher = threading.Thread(target=interrupt)
     watcher.start()
-    assert call(*arguments) == 0
+    assert call(*arguments) == code
     watcher.join()
     (command,) = re.findall(r"go on with: gdn2 (.*)", capsys.readouterr().out)
     assert call(*command.split(), "optim.lr=1") == 2  # the command finds the checkpoint, and compares with it
@@ -208,6 +235,13 @@ def test_prepare_refuses(shards, tmp_path, capsys):
     assert "exists already" in refusal(capsys, "prepare", "--corpus", "stdlib", "--out", shards)
     assert "either files and folders or a corpus" in refusal(capsys, "prepare", "--out", tmp_path / "new")
     assert "does not exist" in refusal(capsys, "prepare", tmp_path / "none", "--out", tmp_path / "new")
+    message = refusal(capsys, "prepare", "--corpus", "stdlib", "--out", tmp_path / "new", "--val-share", "0")
+    assert "expected a number in (0, 1)" in message
+
+
+def test_prepare_of_mixed_in_documents_alone(tmp_path):
+    assert call("prepare", "--mix-recall", 50, "--val-share", 0.3, "--out", tmp_path / "recall") == 0
+    assert json.loads((tmp_path / "recall" / "meta.json").read_text())["sources"] == ["50 recall documents"]
 
 
 @pytest.mark.parametrize(
@@ -220,6 +254,8 @@ def test_prepare_refuses(shards, tmp_path, capsys):
         (["--resume", "--preset", "gdn2-tiny"], "--resume takes the run's own configuration"),
         (["--preset", "gdn3"], "preset is 'gdn3'; expected one of"),
         (["--preset", "gdn2-tiny", "model.depth=3"], "unknown key model.depth"),
+        (["--preset", "gdn2-tiny", "model=3"], "model is 3; expected a mapping"),
+        (["--preset", "gdn2-tiny", "optim.lr=[1"], "override 'optim.lr=[1' is not YAML"),
         (["--preset", "gdn2-tiny", "data.path=nowhere"], "'nowhere' is no folder of token shards"),
     ],
 )
@@ -236,10 +272,10 @@ def test_train_refuses_before_anything_is_written(tmp_path, capsys, arguments, m
         (["eval", "RUN", "--tasks", "niah_single_1", "--length", "50"], "length is 50 tokens; expected at least"),
         (["eval", "RUN", "--data", "nowhere"], "'nowhere' is no folder of token shards"),
         (["eval", "nowhere"], "'nowhere' holds no checkpoint"),
-        (["eval", "RUN", "--device", "cuda:99"], "train.device is 'cuda:99'; expected a device of this machine"),
+        (["eval", "RUN", "--device", "cuda:99"], "--device is 'cuda:99'; expected a device of this machine"),
+        (["generate", "RUN", "--prompt", "a", "--device", "tpu"], "--device is 'tpu'; expected auto, cpu, cuda or"),
         (["generate", "nowhere", "--prompt", "a"], "'nowhere' holds no checkpoint"),
         (["generate", "RUN", "--prompt", "a", "--temperature", "-1"], "temperature is -1.0; expected a number >= 0"),
-        (["generate", "RUN", "--prompt", "a", "--tokens", "0"], "max_new_tokens is 0"),
         (["generate", "RUN", "--prompt-file", "none.txt"], "none.txt"),
         (["plot", "nowhere"], "'nowhere' holds no metrics.jsonl"),
         (["info", "gdn3"], "preset is 'gdn3'; expected one of"),
@@ -255,13 +291,36 @@ def test_eval_refuses_text_of_another_tokenizer(run, shards, tmp_path, capsys):
     other.mkdir()
     for file in shards.iterdir():
         (other / file.name).write_bytes(file.read_bytes())
-    meta = json.loads((other / "meta.json").read_text())
-    (other / "meta.json").write_text(json.dumps(meta | {"vocab_size": 300}))
+    words = Tokenizer(models.WordLevel({"<eos>": 0, **{f"word{i}": i for i in range(1, 257)}}))  # 257 too
+    words.save(str(other / "tokenizer.json"))
     message = refusal(capsys, "eval", run, "--data", other)
-    assert "has a vocabulary of 300 tokens, the model's tokenizer 257" in message
+    assert "was prepared with another tokenizer ('bytes') than the model's; expected text prepared with" in message
+
+
+def test_eval_refuses_altered_text(run, shards, tmp_path, capsys):
+    altered = shutil.copytree(shards, tmp_path / "altered")
+    data = bytearray((altered / "val.bin").read_bytes())
+    data[10] ^= 1
+    (altered / "val.bin").write_bytes(data)
+    assert "val.bin' does not match its checksum" in refusal(capsys, "eval", run, "--data", altered)
+
+
+@pytest.mark.parametrize("command", [["generate", "--prompt", "a"], ["eval"]], ids=lambda c: c[0])
+def test_damaged_weights_are_refused_and_weights_alone_are_not(run, tmp_path, capsys, command):
+    copy = shutil.copytree(run, tmp_path / "run")
+    weights = copy / "checkpoints" / "step_00000008" / "model.safetensors"
+    data = bytearray(weights.read_bytes())
+    data[-3] ^= 64
+    weights.write_bytes(data)
+    name, *rest = command
+    message = refusal(capsys, name, copy, *rest)
+    assert "step_00000008 is damaged: model.safetensors: it does not match its checksum" in message
+    (weights.parent / "trainer.json").unlink()
+    assert call("generate", copy, "--prompt", "a", "--tokens", 2) == 0
 
 
 def test_usage_errors_leave_with_2(capsys):
     assert call("prepare", "--ou", "x") == 2
     assert call("dance") == 2
+    assert call("generate", "run", "--tokens", "0") == 2
     assert "Traceback" not in capsys.readouterr().err

@@ -12,17 +12,26 @@ import torch
 from torch import Tensor, nn
 
 from gdn2 import LanguageModel, ModelConfig
-from gdn2.layers import AttentionState, GatedDeltaNet2, SlidingWindowAttention
+from gdn2.layers import (
+    AttentionState,
+    DeltaNet,
+    GatedDeltaNet,
+    GatedDeltaNet2,
+    KimiDeltaAttention,
+    Mamba2,
+    Mamba3,
+    SlidingWindowAttention,
+)
 
 TOLERANCE = 1e-10
 D_MODEL, VOCAB = 12, 11
 
 
-def language_model(*cell: str, window: int | None = 4) -> LanguageModel:
+def language_model(*cell: str, window: int | None = 4, mixer: str = "gdn2") -> LanguageModel:
     return LanguageModel(
         ModelConfig(
-            vocab_size=VOCAB, d_model=D_MODEL, num_layers=2, mlp_width=16, cell=cell, num_heads=1, num_value_heads=2,
-            key_dim=4, value_dim=3, attention_heads=2, window=window,
+            vocab_size=VOCAB, d_model=D_MODEL, num_layers=2, mlp_width=16, mixer=mixer, cell=cell, num_heads=1,
+            num_value_heads=2 if mixer == "gdn2" else None, key_dim=4, value_dim=3, attention_heads=2, window=window,
         )
     )  # fmt: skip
 
@@ -48,13 +57,24 @@ MODULES: dict[str, Callable[[], nn.Module]] = {
         D_MODEL, num_heads=1, key_dim=4, value_dim=6, negative_eigenvalues=True
     ),
     "mixer with one tap": lambda: GatedDeltaNet2(D_MODEL, num_heads=1, key_dim=4, value_dim=4, conv_width=1),
+    "mixer with ablated gates": lambda: GatedDeltaNet2(
+        D_MODEL, num_heads=2, key_dim=4, value_dim=4, channel_erase=False, channel_write=False, decay_lower_bound=-5.0
+    ),
+    "kda": lambda: KimiDeltaAttention(D_MODEL, num_heads=2, key_dim=4, value_dim=3),
+    "gdn": lambda: GatedDeltaNet(D_MODEL, num_heads=2, key_dim=4, value_dim=3),
+    "deltanet": lambda: DeltaNet(D_MODEL, num_heads=2, key_dim=4, value_dim=3),
+    "mamba2": lambda: Mamba2(D_MODEL, num_heads=3, key_dim=4, value_dim=5),
+    "mamba3": lambda: Mamba3(D_MODEL, num_heads=3, key_dim=4, value_dim=5),
+    "mamba3, multi-input": lambda: Mamba3(D_MODEL, num_heads=2, key_dim=4, value_dim=5, mimo_rank=3),
     "attention, window 1": lambda: SlidingWindowAttention(D_MODEL, 2, window=1),
     "attention, many windows": lambda: SlidingWindowAttention(D_MODEL, 2, window=4),
     "attention, long window": lambda: SlidingWindowAttention(D_MODEL, 3, window=16),
     "attention, longer window": lambda: SlidingWindowAttention(D_MODEL, 3, window=64),
+    "attention, scaled rotary": lambda: SlidingWindowAttention(D_MODEL, 2, 4, 10_000.0, "yarn", 4.0, 8),
     "full attention": lambda: SlidingWindowAttention(D_MODEL, 2, window=None),
     "recurrent model": lambda: Logits(language_model("mixer")),
     "hybrid model": lambda: Logits(language_model("mixer", "attention")),
+    "mamba3 hybrid model": lambda: Logits(language_model("mixer", "attention", mixer="mamba3")),
     "full attention model": lambda: Logits(language_model("attention", window=None)),
 }
 

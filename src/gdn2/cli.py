@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
 from pathlib import Path
+from textwrap import fill
 from typing import TYPE_CHECKING, Annotated, Any, NamedTuple, NoReturn
 
 import typer
@@ -44,6 +45,18 @@ def main(arguments: Sequence[str] | None = None) -> None:
 def leave(error: Exception, code: int) -> NoReturn:
     typer.echo(f"gdn2: error: {error}", err=True)
     raise SystemExit(code) from error
+
+
+def show_keys(wanted: bool) -> None:
+    if wanted:
+        from gdn2.config import documented_keys
+        from gdn2.presets import preset_names
+
+        names = f"all the model's settings at once, one of {', '.join(preset_names())}"
+        for key, default, doc in (("preset", "null", names), *documented_keys()):
+            typer.echo(f"{key}={default}")
+            typer.echo(fill(doc, 80, initial_indent="    ", subsequent_indent="    ", break_on_hyphens=False))
+        raise typer.Exit
 
 
 def show_version(wanted: bool) -> None:
@@ -85,7 +98,7 @@ def prepare(
         str, typer.Option(help="'bytes', a tokenizer.json, a folder with one, or a Hugging Face name.")
     ] = "bytes",
     field: Annotated[str, typer.Option(help="The field of .jsonl and .parquet records that holds the text.")] = "text",
-    val_share: Annotated[float, typer.Option(help="Share of the documents held out for validation.")] = 0.05,
+    val_share: Annotated[float, typer.Option(help="Share of the documents held out for validation; above 0.")] = 0.05,
     seed: Annotated[int, typer.Option(help="Seed of the split and of what is mixed in.")] = 0,
     mix_recall: Annotated[
         int, typer.Option(min=0, help="Key-value documents to mix in; they teach what `eval --tasks recall` asks.")
@@ -134,15 +147,22 @@ def train(
         list[str] | None,
         typer.Argument(
             metavar="CONFIG.yaml|KEY=VALUE",
-            help="A configuration file, and settings that override it, such as optim.lr=1e-3.",
+            help="A configuration file, and settings that override it, such as optim.lr=1e-3; --keys lists them.",
         ),
     ] = None,
-    preset: Annotated[str | None, typer.Option(help="The model, such as gdn2-hybrid-tiny or gdn2-1.3b.")] = None,
+    preset: Annotated[
+        str | None, typer.Option(help="The model, such as gdn2-hybrid-tiny or gdn2-1.3b; --keys lists them.")
+    ] = None,
     resume: Annotated[
         bool, typer.Option("--resume", help="Go on from the run's newest checkpoint, with its configuration.")
     ] = False,
+    keys: Annotated[
+        bool, typer.Option("--keys", callback=show_keys, is_eager=True, help="List settings and presets, and leave.")
+    ] = False,
 ) -> None:
     """Train a language model. Ctrl-C saves a checkpoint and ends; --resume goes on exactly there.
+
+    Leaves with 0 when the run is finished or SIGTERM, as schedulers send it, stopped it; with 130 after Ctrl-C.
 
     \b
     Examples:
@@ -154,8 +174,8 @@ def train(
     from gdn2.presets import preset as named
     from gdn2.training import TrainingError, train
 
-    overrides = [text for text in settings or () if "=" in text]
-    files = [text for text in settings or () if "=" not in text]
+    files = [text for text in settings or () if "=" not in text or Path(text).is_file()]
+    overrides = [text for text in settings or () if text not in files]
     if len(files) > 1:
         raise ConfigError(f"configurations {', '.join(files)}; expected one file, and overrides as key=value")
     if resume and (files or preset is not None):
@@ -166,9 +186,11 @@ def train(
         overrides.insert(0, f"preset={preset}")
     path = run / "config.yaml" if resume else files[0] if files else None
     try:
-        train(load_run(path, overrides, named), run, resume)
+        outcome = train(load_run(path, overrides, named), run, resume)
     except TrainingError as error:
         leave(error, 1)
+    if outcome.interrupted == "SIGINT":
+        raise typer.Exit(130)
 
 
 @app.command("eval")
@@ -200,17 +222,18 @@ def evaluate(
     """
     from rich.console import Console
 
-    from gdn2.data import Shards
+    from gdn2.data import Shards, load_tokenizer
     from gdn2.evaluation import report
 
     names = report.check_tasks([name.strip() for name in tasks.split(",")])
     loaded = load(run, device)
     shards = Shards(data or loaded.config.data.path)
-    if shards.meta.vocab_size != loaded.tokenizer.vocab_size:
+    if load_tokenizer(shards.path).definition() != loaded.tokenizer.definition():
         raise ValueError(
-            f"{str(shards.path)!r} has a vocabulary of {shards.meta.vocab_size} tokens, the model's tokenizer "
-            f"{loaded.tokenizer.vocab_size}; expected text prepared with the same tokenizer"
+            f"{str(shards.path)!r} was prepared with another tokenizer ({shards.meta.tokenizer!r}) than the model's; "
+            "expected text prepared with the same"
         )
+    shards.verify("val")
     results = report.read(run / "eval.json")
     for name in names:
         with loaded.autocast, counting(name) as progress:
@@ -220,6 +243,7 @@ def evaluate(
                 loaded.tokenizer,
                 shards.split("val"),
                 seq_len=loaded.config.data.seq_len,
+                packed=loaded.config.data.packed,
                 length=length,
                 tokens=tokens or loaded.config.train.eval_tokens,
                 samples=samples,
@@ -236,7 +260,7 @@ def generate(
     run: Run,
     prompt: Annotated[list[str] | None, typer.Option(help="Text to continue; repeat it for several.")] = None,
     prompt_file: Annotated[Path | None, typer.Option(help="A file whose whole text is continued.")] = None,
-    tokens: Annotated[int, typer.Option(help="New tokens at most.")] = 256,
+    tokens: Annotated[int, typer.Option(min=1, help="New tokens at most.")] = 256,
     temperature: Annotated[float, typer.Option(help="0 takes the likeliest token; 1 samples as the model says.")] = 0.8,
     top_k: Annotated[int, typer.Option(help="Sample among the k likeliest tokens; 0 means all.")] = 0,
     top_p: Annotated[float, typer.Option(help="Sample among the likeliest that reach this probability.")] = 1.0,
@@ -351,14 +375,18 @@ class Loaded(NamedTuple):
 
 
 def load(run: Path, device: str) -> Loaded:
-    from gdn2.config import read_config
+    from gdn2.config import check_device, read_config
     from gdn2.data import load_tokenizer
     from gdn2.model import LanguageModel, find_checkpoint
+    from gdn2.training.checkpoint import verify
     from gdn2.training.train import resolve_device
 
+    check_device("--device", device)
     folder = find_checkpoint(run)
+    if (folder / "trainer.json").is_file():  # it holds the checksums; weights without their training have none
+        verify(folder, optimizer=False)
     config = read_config(folder)
-    where, autocast, _ = resolve_device(replace(config, train=replace(config.train, device=device)))
+    where, autocast, _ = resolve_device(replace(config, train=replace(config.train, device=device)), "--device")
     return Loaded(
         LanguageModel.from_checkpoint(folder, where), load_tokenizer(folder), config, folder.name, where, autocast
     )

@@ -11,9 +11,13 @@ import pytest
 from gdn2.data import Shards, load_tokenizer, prepare, show_progress
 from gdn2.data.prepare import Progress
 from gdn2.data.shards import TokenFile
+from gdn2.data.text import Source
 
 JsonlWriter = Callable[..., Path]
 module = importlib.import_module("gdn2.data.prepare")  # the package's name for it is the function
+
+AB_AND_C = ("ab", "c")
+SEED = 7  # sends, of these two, "ab" to training and "c" to validation when the share is 0.5
 
 
 def split_documents(file: TokenFile) -> list[list[int]]:
@@ -46,6 +50,7 @@ def test_hugging_face_tokenizer_travels_with_the_shards(texts: Path, tmp_path: P
     meta = prepare(tmp_path / "out", [texts], tokenizer=str(bpe_file), val_share=0.3)
     assert all_texts(tmp_path / "out") == sorted(p.read_text() for p in texts.rglob("*.txt"))
     assert meta.vocab_size == load_tokenizer(tmp_path / "out").vocab_size
+    assert meta.tokenizer == str(bpe_file)
 
 
 def test_wide_vocabulary_takes_four_bytes(texts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -78,20 +83,28 @@ def test_copies_of_a_document_stay_together(tmp_path: Path, write_jsonl: JsonlWr
     assert not train & val
 
 
-def test_share_zero_leaves_validation_empty(texts: Path, tmp_path: Path) -> None:
-    assert prepare(tmp_path / "out", [texts], val_share=0).val.tokens == 0
-    assert len(Shards(tmp_path / "out").split("val")) == 0
+def test_documents_without_a_token_are_counted_and_left_out(tmp_path: Path, write_jsonl: JsonlWriter) -> None:
+    from tokenizers import Tokenizer, models, pre_tokenizers
 
-
-def test_empty_documents_are_counted_and_left_out(tmp_path: Path, write_jsonl: JsonlWriter) -> None:
-    path = write_jsonl(tmp_path / "a.jsonl", {"text": ""}, {"text": "a"})
-    assert prepare(tmp_path / "out", [path], val_share=0).empty_documents == 1
+    records = [{"text": text} for text in ("", "\n", *AB_AND_C)]
+    path = write_jsonl(tmp_path / "a.jsonl", *records)
+    assert prepare(tmp_path / "bytes", [path], val_share=0.5, seed=SEED).empty_documents == 1
+    words = Tokenizer(models.WordLevel({"<eos>": 0, "[UNK]": 1}, unk_token="[UNK]"))
+    words.pre_tokenizer = pre_tokenizers.Whitespace()
+    words.save(str(tmp_path / "words.json"))
+    meta = prepare(tmp_path / "words", [path], tokenizer=str(tmp_path / "words.json"), val_share=0.5, seed=SEED)
+    assert meta.empty_documents == 2
+    assert (meta.train.tokens, meta.val.tokens) == (2, 2)
 
 
 def test_further_documents_follow_and_are_listed(texts: Path, tmp_path: Path) -> None:
     meta = prepare(tmp_path / "out", [texts], documents={"three extras": iter("xyz")}, val_share=0.3)
     assert all_texts(tmp_path / "out") == sorted([p.read_text() for p in texts.rglob("*.txt")] + ["x", "y", "z"])
     assert meta.sources == [str(texts), "three extras"]
+    prepare(tmp_path / "alone", documents={"letters": iter("abcdefgh")}, val_share=0.5)
+    assert all_texts(tmp_path / "alone") == list("abcdefgh")
+    with pytest.raises(ValueError, match="give either files and folders or a corpus"):
+        prepare(tmp_path / "none")
 
 
 def test_undecodable_file_is_skipped_in_a_folder_and_refused_by_name(texts: Path, tmp_path: Path) -> None:
@@ -102,9 +115,21 @@ def test_undecodable_file_is_skipped_in_a_folder_and_refused_by_name(texts: Path
     assert meta.skipped == [str(bad)]
     assert seen[-1].skipped == str(bad)
     assert json.loads((tmp_path / "out" / "meta.json").read_text())["skipped"] == [str(bad)]
+    link = texts / "link.txt"
+    link.symlink_to(tmp_path / "gone.txt")
+    assert prepare(tmp_path / "linked", [texts], val_share=0.3).skipped == [str(bad), str(link)]
     with pytest.raises(ValueError, match=r"bad\.txt: not UTF-8"):
         prepare(tmp_path / "other", [texts, bad], val_share=0.3)
     assert not (tmp_path / "other").exists()
+
+
+def test_corpus_names_what_it_left_out_without_this_machines_folders(
+    texts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (texts / "sub" / "bad.txt").write_bytes(b"\xff")
+    files = [Source(path, explicit=False, root=texts) for path in sorted(texts.rglob("*.txt"))]
+    monkeypatch.setattr(module, "find_sources", lambda sources, corpus: files)
+    assert prepare(tmp_path / "out", corpus="stdlib", val_share=0.3).skipped == [str(Path("sub", "bad.txt"))]
 
 
 def test_bad_record_in_a_folder_is_an_error(texts: Path, tmp_path: Path, write_jsonl: JsonlWriter) -> None:
@@ -122,9 +147,9 @@ def test_existing_folder_is_refused_and_untouched(texts: Path, tmp_path: Path) -
     assert [p.name for p in out.iterdir()] == ["mine"]
 
 
-@pytest.mark.parametrize("share", [-0.1, 1.0, float("nan")])
+@pytest.mark.parametrize("share", [-0.1, 0, 1.0, float("nan")])
 def test_share_out_of_range_is_refused(texts: Path, tmp_path: Path, share: float) -> None:
-    with pytest.raises(ValueError, match=r"val_share is .*; expected a number in \[0, 1\)"):
+    with pytest.raises(ValueError, match=r"val_share is .*; expected a number in \(0, 1\): training needs text to"):
         prepare(tmp_path / "out", [texts], val_share=share)
 
 
@@ -161,6 +186,28 @@ def test_progress_reaches_the_end(texts: Path, tmp_path: Path) -> None:
     assert last.tokens == meta.train.tokens + meta.val.tokens
 
 
+def test_progress_hears_of_every_document(tmp_path: Path, write_jsonl: JsonlWriter) -> None:
+    path = write_jsonl(tmp_path / "a.jsonl", *({"text": f"document {i}"} for i in range(300)))
+    seen: list[Progress] = []
+    prepare(tmp_path / "out", [path], documents={"extras": map(str, range(50))}, val_share=0.3, progress=seen.append)
+    assert {p.documents for p in seen} == set(range(1, 351))
+    size = path.stat().st_size
+    half = next(p for p in seen if p.documents == 150)
+    assert half.done_bytes == pytest.approx(size / 2, rel=0.05)  # the numbers' digits make lines differ
+    assert all(p.done_bytes == size for p in seen[-50:])
+
+
+def test_plain_lines_never_fall_silent_for_long(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 0.0
+    monkeypatch.setattr(module.time, "monotonic", lambda: now)
+    stream = io.StringIO()
+    with show_progress(stream) as report:
+        for i in range(31):
+            now = float(i)
+            report(Progress(100, 100, i, 10 * i))
+    assert [line.split()[2] for line in stream.getvalue().splitlines()] == ["0", "11", "22"]
+
+
 class Terminal(io.StringIO):
     def isatty(self) -> bool:
         return True
@@ -172,14 +219,13 @@ def test_progress_is_shown_and_names_what_was_left_out(stream: io.StringIO, tmp_
         report(Progress(50, 100, 3, 1_234))
         report(Progress(100, 100, 4, 5_678, skipped="bad.txt"))
     shown = stream.getvalue()
-    assert "left out, not UTF-8: bad.txt" in shown
+    assert "left out, no UTF-8 text: bad.txt" in shown
     assert "5,678" in shown
     assert ("50 %" in shown) == (not stream.isatty())
 
 
-def test_tokens_are_little_endian_on_disk(tmp_path: Path) -> None:
-    path = tmp_path / "a.txt"
-    path.write_text("ab")
-    prepare(tmp_path / "out", [path], val_share=0)
+def test_tokens_are_little_endian_on_disk(tmp_path: Path, write_jsonl: JsonlWriter) -> None:
+    path = write_jsonl(tmp_path / "a.jsonl", *({"text": text} for text in AB_AND_C))
+    prepare(tmp_path / "out", [path], val_share=0.5, seed=SEED)
     assert (tmp_path / "out" / "train.bin").read_bytes() == b"a\0b\0\0\1"
     assert np.load(tmp_path / "out" / "train.idx.npy").tolist() == [0, 3]

@@ -1,5 +1,6 @@
 import json
 from collections.abc import Callable
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -57,8 +58,8 @@ def test_packed_boundaries_are_windows_and_documents(train_file: TokenFile) -> N
 
 
 def test_document_boundary_on_a_window_boundary_counts_once(tmp_path: Path, write_jsonl: JsonlWriter) -> None:
-    path = write_jsonl(tmp_path / "a.jsonl", *({"text": c * 3} for c in "abcdefg"))  # 4 tokens each
-    prepare(tmp_path / "out", [path], val_share=0)
+    path = write_jsonl(tmp_path / "a.jsonl", *({"text": c * 3} for c in "abcdefghijkl"))  # 4 tokens each
+    prepare(tmp_path / "out", [path], val_share=0.3)
     batch = TokenBatches(Shards(tmp_path / "out").split("train"), 8, 2, seed=0, packed=True).read([0, 1])
     assert batch.cu_seqlens is not None
     assert batch.cu_seqlens.tolist() == [0, 4, 8, 12, 16]
@@ -74,6 +75,17 @@ def test_epoch_holds_every_window_once_in_a_new_order(train_file: TokenFile) -> 
     assert epochs[0] != epochs[1]
     other = TokenBatches(train_file, T, 1, seed=1)
     assert epochs[0] != [starts_of(next(other), train_file, T)[0] for _ in range(other.windows)]
+
+
+def test_spread_windows_are_few_whole_and_the_same_each_time(train_file: TokenFile) -> None:
+    batches = TokenBatches(train_file, 16, 4, seed=0)
+    last = batches.windows - 1
+    expected = [round(i * last / 9) for i in range(10)]
+    for tokens in (160, 175):
+        assert batches.spread(tokens) == [expected[:4], expected[4:8], expected[8:]]
+        next(batches)
+    assert batches.spread(1) == [[0]]
+    assert list(chain(*batches.spread(10**9))) == list(range(batches.windows))
 
 
 def test_ranks_share_the_batch_of_one_process(train_file: TokenFile) -> None:
@@ -149,6 +161,8 @@ def test_damaged_folders_are_refused(folder: Path) -> None:
     )
     change("val.idx.npy", None, r"val\.idx\.npy' is missing")
     change("val.idx.npy", (folder / "val.idx.npy").read_bytes()[:-8], r"val\.idx\.npy' is truncated")
+    change("train.idx.npy", b"", r"train\.idx\.npy' is truncated or no array")
+    change("train.idx.npy", b"PK\3\4", r"train\.idx\.npy' is truncated or no array")
     change("val.idx.npy", (folder / "train.idx.npy").read_bytes(), r"val\.idx\.npy' does not fit meta\.json")
 
 
@@ -158,16 +172,17 @@ def test_pickled_index_is_refused(folder: Path) -> None:
         Shards(folder)
 
 
-def test_full_check_finds_a_flipped_bit(folder: Path) -> None:
-    shards = Shards(folder)
-    read: list[int] = []
-    shards.verify(read.append)
-    assert sum(read) == sum((folder / name).stat().st_size for name in shards.meta.sha256)
-    data = bytearray((folder / "train.bin").read_bytes())
-    data[7] ^= 1
-    (folder / "train.bin").write_bytes(data)
-    with pytest.raises(ValueError, match=r"train\.bin' does not match its checksum"):
-        Shards(folder).verify()
+@pytest.mark.parametrize("name", ["train.bin", "train.idx.npy", "val.bin", "val.idx.npy"])
+def test_full_check_finds_a_flipped_bit(folder: Path, name: str) -> None:
+    Shards(folder).verify()
+    data = bytearray((folder / name).read_bytes())
+    data[-12] ^= 1  # within the last but one offset, so that the index still fits meta.json
+    (folder / name).write_bytes(data)
+    split, other = ("train", "val") if name.startswith("train") else ("val", "train")
+    for splits in ((), (split,)):
+        with pytest.raises(ValueError, match=f"{name}' does not match its checksum"):
+            Shards(folder).verify(*splits)
+    Shards(folder).verify(other)
 
 
 def test_unknown_split_is_refused(folder: Path) -> None:

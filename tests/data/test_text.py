@@ -1,3 +1,4 @@
+import os
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -10,7 +11,11 @@ JsonlWriter = Callable[..., Path]
 
 
 def documents(path: Path, field: str = "text") -> list[str]:
-    return list(read_documents(Source(path, explicit=True), field))
+    return [text for text, _ in read_documents(Source(path, explicit=True), field)]
+
+
+def shares(path: Path) -> list[float]:
+    return [share for _, share in read_documents(Source(path, explicit=True))]
 
 
 def test_folder_is_walked_in_sorted_order_without_hidden_entries(texts: Path) -> None:
@@ -44,6 +49,22 @@ def test_sources_that_cannot_be_read_are_refused(tmp_path: Path) -> None:
         find_sources([tmp_path])
 
 
+def test_what_is_no_regular_file_is_no_text(tmp_path: Path) -> None:
+    link, pipe = tmp_path / "a.txt", tmp_path / "b.txt"
+    link.symlink_to(tmp_path / "gone.txt")
+    os.mkfifo(pipe)
+    for path in (link, pipe):
+        assert Source(path, explicit=False).size == 0
+        with pytest.raises(NotTextError, match=r"[ab]\.txt: a broken link, or no regular file"):
+            documents(path)
+
+
+def test_name_leaves_out_the_root(tmp_path: Path) -> None:
+    assert Source(tmp_path / "a" / "b", explicit=False).name == str(tmp_path / "a" / "b")
+    assert Source(tmp_path / "a" / "b", explicit=False, root=tmp_path).name == str(Path("a", "b"))
+    assert not any(Path(s.name).is_absolute() for s in find_sources([], "stdlib"))
+
+
 def test_text_keeps_every_byte(tmp_path: Path) -> None:
     path = tmp_path / "a.md"
     path.write_bytes("a\r\nb\n\nç".encode())
@@ -61,12 +82,14 @@ def test_jsonl_gives_the_field_of_each_line(tmp_path: Path, write_jsonl: JsonlWr
     path = write_jsonl(tmp_path / "a.jsonl", {"text": "one", "body": "1"}, "", {"text": "twö", "body": "2"})
     assert documents(path) == ["one", "twö"]
     assert documents(path, "body") == ["1", "2"]
+    assert shares(path) == [pytest.approx(len('{"text": "one", "body": "1"}\n') / path.stat().st_size), 1.0]
 
 
 @pytest.mark.parametrize(
     ("line", "message"),
     [
         ("{", "a.jsonl:2: not a line of JSON"),
+        ("[" * 10**6, "a.jsonl:2: not a line of JSON: "),
         ("[]", "a.jsonl:2: no text in field 'text'"),
         ('{"text": 3}', "a.jsonl:2: no text in field 'text'"),
         ('{"other": "x"}', "a.jsonl:2: no text in field 'text'"),
@@ -86,12 +109,17 @@ def test_parquet_gives_the_column(tmp_path: Path) -> None:
     rows = [f"row {i}" for i in range(600)]  # more than one batch
     pyarrow.parquet.write_table(pyarrow.table({"text": rows, "n": list(range(600)), "gap": [None, *rows[1:]]}), path)
     assert documents(path) == rows
+    assert shares(path) == [i / 600 for i in range(1, 601)]
     with pytest.raises(ValueError, match="no column 'body'; expected one of text, n, gap"):
         documents(path, "body")
     with pytest.raises(ValueError, match="row 1 of column 'n' is int; expected text"):
         documents(path, "n")
     with pytest.raises(ValueError, match="row 1 of column 'gap' is NoneType; expected text"):
         documents(path, "gap")
+    whole = path.read_bytes()
+    path.write_bytes(whole[:100] + b"\xff" * (len(whole) // 4) + whole[100 + len(whole) // 4 :])
+    with pytest.raises(ValueError, match=r"a\.parquet: damaged after row 0"):
+        documents(path)
     path.write_bytes(b"PAR0")
     with pytest.raises(ValueError, match="not a Parquet file"):
         documents(path)

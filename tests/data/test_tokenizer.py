@@ -65,6 +65,32 @@ def test_saved_tokenizer_loads_from_its_folder(tokenizer: Tokenizer, tmp_path: P
     assert (again.vocab_size, again.end_of_text) == (tokenizer.vocab_size, tokenizer.end_of_text)
 
 
+def test_truncation_and_padding_of_a_file_are_off(bpe_file: Path, tmp_path: Path) -> None:
+    import tokenizers
+
+    inner = tokenizers.Tokenizer.from_file(str(bpe_file))
+    inner.enable_truncation(4)
+    inner.enable_padding(length=32)
+    inner.save(str(tmp_path / "tokenizer.json"))
+    for text in (TEXT, "a"):
+        assert load_tokenizer(tmp_path).encode(text) == load_tokenizer(str(bpe_file)).encode(text)
+
+
+def test_definition_tells_tokenizers_apart(bpe_file: Path, tmp_path: Path) -> None:
+    first, again, other = tmp_path / "first", tmp_path / "again", tmp_path / "other"
+    for folder in (first, again, other):
+        folder.mkdir()
+    load_tokenizer(str(bpe_file)).save(first)
+    load_tokenizer(first).save(again)
+    assert load_tokenizer(again).definition() == load_tokenizer(first).definition()
+    (other / "tokenizer.json").write_text(bpe_file.read_text().replace('"~":', '"unheard":'))
+    assert load_tokenizer(other).vocab_size == load_tokenizer(first).vocab_size
+    assert load_tokenizer(other).definition() != load_tokenizer(first).definition()
+    (again / "tokenizer_config.json").write_text('{"eos_token": "the"}')
+    assert load_tokenizer(again).definition() != load_tokenizer(first).definition()
+    assert load_tokenizer("bytes").definition() != load_tokenizer(first).definition()
+
+
 def test_declared_end_of_text_is_used(bpe_file: Path, tmp_path: Path) -> None:
     load_tokenizer(str(bpe_file)).save(tmp_path)
     config = tmp_path / "tokenizer_config.json"
@@ -125,7 +151,8 @@ def test_hub_name_is_fetched(monkeypatch: pytest.MonkeyPatch, bpe_file: Path) ->
     assert load_tokenizer("org/name").decode(load_tokenizer("org/name").encode("fox")) == "fox"
 
 
-def test_missing_package_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_package_is_named(monkeypatch: pytest.MonkeyPatch, bpe_file: Path) -> None:
     monkeypatch.setitem(__import__("sys").modules, "tokenizers", None)
-    with pytest.raises(ValueError, match="'org/name' needs the package tokenizers"):
-        load_tokenizer("org/name")
+    for spec in ("org/name", str(bpe_file)):
+        with pytest.raises(ValueError, match=f"{spec!r} needs the package tokenizers"):
+            load_tokenizer(spec)

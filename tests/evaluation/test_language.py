@@ -1,6 +1,7 @@
 """Perplexity agrees with the model's own loss, at any length."""
 
 import math
+from itertools import pairwise
 from types import SimpleNamespace
 
 import numpy as np
@@ -74,6 +75,36 @@ def test_pieces_of_a_long_window_score_as_the_whole(model, val, monkeypatch):
     assert [b.nats for b in pieces.by_position] == pytest.approx([b.nats for b in whole.by_position], rel=1e-5)
 
 
+def test_packed_scores_are_those_of_the_documents_alone(model, val):
+    """Every document of the two windows, cut at the windows' ends, read by itself from an empty state."""
+    T = 600  # each window holds several documents
+    score = perplexity(model, val, T, 2 * T, "cpu", packed=True)
+    windows = (len(val) - 1) // T
+    nats, places = [], []
+    for first in (0, (windows - 1) * T):
+        cuts = [first, *(int(o) for o in val.offsets if first < o < first + T), first + T]
+        assert len(cuts) > 4
+        for start, stop in pairwise(cuts):
+            end = stop if stop in val.offsets else stop + 1  # the token after a cut document is its last target
+            text = torch.from_numpy(val.tokens[start:end].astype(np.int64))[None]
+            with torch.inference_mode():
+                nats += model.loss(text[:, :-1], text[:, 1:], reduction="none")[0].tolist()
+            places += range(start - first, start - first + text.shape[1] - 1)
+    assert score.tokens == len(nats) < 2 * T
+    assert score.nats == pytest.approx(sum(nats) / len(nats), rel=1e-5)  # float32 sums in another order
+    for bucket in score.by_position:
+        part = [n for n, place in zip(nats, places) if bucket.start <= place < bucket.stop]
+        assert bucket.nats == pytest.approx(sum(part) / len(part), rel=1e-5)
+
+
+def test_bucket_without_a_target_is_left_out(model, tmp_path):
+    documents = (f"sixteen bytes: {c}" for c in "abcdefghijklmnop")
+    prepare(tmp_path / "shards", documents={"all": documents}, val_share=0.5)
+    score = perplexity(model, Shards(tmp_path / "shards").split("val"), 17, 51, "cpu", packed=True)
+    assert score.tokens == 3 * 16  # the last place of each window is its document's end
+    assert [(b.start, b.stop) for b in score.by_position] == [(0, 16)]
+
+
 def test_windows_are_the_same_at_every_call_apart_and_spread(val):
     read = []
 
@@ -93,7 +124,7 @@ def test_windows_are_the_same_at_every_call_apart_and_spread(val):
     first = torch.cat(read)
     read.clear()
     done = []
-    perplexity(Uniform(), val, 20, 119, "cpu", lambda *counts: done.append(counts))
+    perplexity(Uniform(), val, 20, 119, "cpu", progress=lambda *counts: done.append(counts))
     assert torch.equal(torch.cat(read), first)
     assert done[-1] == (100, 100)
     tokens = val.tokens.tolist()
@@ -123,7 +154,7 @@ def test_one_end_of_text_target_has_no_bits_per_byte(model, val):
     [
         (0, 10, "seq_len is 0; expected an integer >= 1"),
         (10, 0, "tokens is 0; expected an integer >= 1"),
-        (10**6, 10, r"val.bin has \d+ tokens; expected more than seq_len \(1000000\)"),
+        (10**6, 10, r"val.bin' has \d+ tokens; one window of seq_len 1000000 needs 1000001"),
     ],
 )
 def test_bad_arguments_are_named(model, val, seq_len, tokens, message):

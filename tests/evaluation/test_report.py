@@ -1,9 +1,11 @@
 """Each task runs by its name on a real model; results go to a file that is whole or not there."""
 
 import json
+from io import StringIO
 
 import pytest
 import torch
+from rich.console import Console
 
 from gdn2.config import ModelConfig
 from gdn2.data import Shards, load_tokenizer, prepare
@@ -29,7 +31,7 @@ def model():
 
 
 def run(task, model, val, **changes):
-    settings = {"seq_len": 64, "length": None, "tokens": 128, "samples": 2, "seed": 0, "device": "cpu"}
+    settings = {"seq_len": 64, "packed": False, "length": None, "tokens": 128, "samples": 2, "seed": 0, "device": "cpu"}
     return report.evaluate(task, model, BYTES, val, **settings | changes)
 
 
@@ -77,7 +79,24 @@ def test_results_are_written_whole_and_read_back(tmp_path):
     assert list(tmp_path.iterdir()) == [path]
 
 
-@pytest.mark.parametrize(("text", "message"), [("{", "is not JSON"), ("[]", "holds no results by task")])
+def test_table_keeps_each_result_on_one_line_at_80_columns():
+    bucket = {"start": 131_072, "stop": 262_144, "nats": 10.1234, "bits_per_byte": 16.0704}
+    perplexity = {"perplexity": 12345.678, "bits_per_byte": 16.0704, "tokens": 262_144, "length": 262_144}
+    needles = {"percent": 100.0, "samples": 500, "length": 262_144, "haystack": "validation documents"}
+    recall = {"percent": 100.0, "chance_percent": 12.5, "samples": 500, "pairs": 8}
+    results = {"perplexity": perplexity | {"by_position": [bucket]}, "niah_multikey_1": needles, "recall": recall}
+    console = Console(file=StringIO(), width=80)
+    console.print(report.table(results))
+    text = console.file.getvalue()
+    for result in ("12345.678, 16.0704 bits/byte", "10.1234 nats, 16.0704 bits/byte", "100.0 %, chance 12.5 %"):
+        assert result in text
+    assert "…" not in text
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [("{", "is not JSON"), ("[]", "holds no results by task"), ('{"recall": 1}', "holds no results by task")],
+)
 def test_a_file_that_holds_no_results_is_not_overwritten(tmp_path, text, message):
     path = tmp_path / "eval.json"
     path.write_text(text)

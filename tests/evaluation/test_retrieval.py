@@ -174,7 +174,7 @@ def test_recall_sample_begins_a_recall_document():
     for text in documents:
         assert shape.fullmatch(text)
         shown, again = text.split("\n\n")
-        assert sorted(shown.split("\n") * 4) == sorted(again.strip().split("\n"))
+        assert sorted(shown.split("\n") * 8) == sorted(again.strip().split("\n"))
     for sample in recall_samples(30, seed=0):
         assert isinstance(sample, RecallSample)
         assert shape.fullmatch(sample.prompt + sample.answer + "\n")

@@ -150,11 +150,23 @@ def test_damage_is_found_and_the_older_checkpoint_named(parts: Parts, tmp_path: 
             (folder / name).unlink()
         else:
             (folder / name).write_bytes(damaged)
-        with pytest.raises(CheckpointError, match=f"is damaged: {name}: .*resume from {re.escape(str(older))}"):
+        with pytest.raises(CheckpointError, match=f"is damaged: {name}: .*go on from {re.escape(str(older))}"):
             checkpoint.verify(folder)
     (older / name).unlink()
     with pytest.raises(CheckpointError, match="there is no older checkpoint"):
         checkpoint.verify(older)
+
+
+def test_optimizer_is_checked_only_where_it_is_used(
+    parts: Parts, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = parts.save(tmp_path, 1)
+    (folder / "optimizer.safetensors").write_bytes(b"")
+    assert checkpoint.verify(folder, optimizer=False)["step"] == 1
+    (folder / "model.safetensors").write_bytes(b"")
+    monkeypatch.chdir(folder.parent)  # a bare name has no grandparent of its own
+    with pytest.raises(CheckpointError, match=r"model\.safetensors: .*there is no older checkpoint"):
+        checkpoint.verify(Path(folder.name), optimizer=False)
 
 
 def test_trainer_without_its_envelope_is_damage(parts: Parts, tmp_path: Path) -> None:

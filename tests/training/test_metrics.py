@@ -1,11 +1,11 @@
 import io
 import json
 import math
+import re
 from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 
@@ -22,7 +22,6 @@ from gdn2.training.metrics import (
     layer_statistics,
     read_metrics,
     validate,
-    validation_batches,
 )
 
 CPU = torch.device("cpu")
@@ -44,19 +43,8 @@ def test_scores_of_a_huge_loss_do_not_fail() -> None:
     assert language_scores(1e6, 1, 1)["perplexity"] == math.inf
 
 
-def test_validation_windows_are_spread_and_the_same_each_time(shards: Path) -> None:
-    batches = TokenBatches(Shards(shards).split("val"), 32, 4, seed=0)
-    first = [b.tokens for b in validation_batches(batches, 32 * 10)]
-    assert [len(t) for t in first] == [4, 4, 2]
-    next(batches)
-    assert all(torch.equal(a, b.tokens) for a, b in zip(first, validation_batches(batches, 32 * 10)))
-    tokens = torch.from_numpy(batches.token_file.tokens.astype(np.int64))
-    assert torch.equal(first[0][0], tokens[:32])
-    start = (batches.windows - 1) * 32
-    assert torch.equal(first[-1][-1], tokens[start : start + 32])
-    whole = [b.tokens for b in validation_batches(batches, 10**9)]
-    assert torch.equal(torch.cat(whole).flatten(), tokens[: batches.windows * 32])
-    assert len(next(validation_batches(batches, 1)).tokens) == 1
+def test_targets_without_a_byte_have_no_bits_per_byte() -> None:
+    assert language_scores(1.0, 2, 0)["bits_per_byte"] is None
 
 
 @pytest.mark.parametrize("packed", [False, True])
@@ -64,7 +52,7 @@ def test_validation_loss_is_the_mean_over_all_targets(model: LanguageModel, shar
     batches = TokenBatches(Shards(shards).split("val"), 32, 3, seed=0, packed=packed)
     row = validate(model, batches, 32 * 8, CPU, nullcontext())
     nats, count, size = 0.0, 0, 0.0
-    for b in validation_batches(batches, 32 * 8):
+    for b in map(batches.read, batches.spread(32 * 8)):
         nats += float(model.loss(b.tokens, b.targets, b.cu_seqlens, reduction="none").detach().sum())
         count += int((b.targets >= 0).sum())
         size += int(((b.targets >= 0) & (b.targets < 256)).sum())
@@ -122,9 +110,24 @@ def test_rows_are_json_and_non_finite_numbers_null(tmp_path: Path) -> None:
 def test_rows_after_a_step_and_half_lines_are_cut(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
     MetricsFile(path).cut_after(3)  # nothing there yet
-    path.write_text("".join(json.dumps({"step": i}) + "\n" for i in range(6)) + '{"step": 3')
+    rows = [{"kind": "train", "step": i} for i in range(6)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows) + '{"kind": "train", "step": 3')
+    assert read_metrics(tmp_path) == rows  # the last is being written
     MetricsFile(path).cut_after(3)
-    assert read_metrics(tmp_path) == [{"step": i} for i in range(4)]
+    assert path.read_text() == "".join(json.dumps(row) + "\n" for row in rows[:4])
+
+
+@pytest.mark.parametrize("line", [b"garbage", b"\xff", b"[]", b'{"kind": "train"}', b'{"step": 1}'])
+def test_line_that_is_no_row_is_named_and_kept(tmp_path: Path, line: bytes) -> None:
+    path = tmp_path / "metrics.jsonl"
+    content = b'{"kind": "train", "step": 1}\n' + line + b"\n"
+    path.write_bytes(content)
+    message = r"metrics\.jsonl:2: (not a line of JSON|no row of metrics; expected an object with kind and step)"
+    with pytest.raises(ValueError, match=message):
+        read_metrics(tmp_path)
+    with pytest.raises(ValueError, match=message):
+        MetricsFile(path).cut_after(0)
+    assert path.read_bytes() == content
 
 
 def test_folder_without_metrics_is_refused(tmp_path: Path) -> None:
@@ -159,7 +162,7 @@ def test_plain_lines_tell_loss_speed_and_time_left() -> None:
     assert lines[0] == "step 0/20  started"
     assert lines[1].startswith("step 5/20  loss 1.5000  2.2500 bits per byte  1,234 tokens/s")
     assert lines[1].endswith("ETA 0:30")  # 15 steps at 2 s
-    assert "perplexity 3.490" in lines[2]
+    assert "perplexity 3.490  1.8000 bits per byte" in lines[2]
     assert "\x1b" not in "".join(lines)
 
 
@@ -169,6 +172,26 @@ def test_terminal_has_a_live_bar_and_keeps_text_verbatim() -> None:
     assert "1,234 tokens/s" in text
     assert "def [bold]" in text
     assert "ETA" in text
+
+
+@pytest.mark.parametrize("width", [60, 80])
+def test_narrow_terminal_keeps_count_speed_and_time_whole(monkeypatch: pytest.MonkeyPatch, width: int) -> None:
+    monkeypatch.setenv("COLUMNS", str(width))
+    stream = Terminal()
+    row = ROWS[1] | {"step": 123_456, "loss": 12.3456, "tokens_per_second": 123_456.0}
+    with Display(1_000_000, 0, stream) as display:
+        display.show(row)
+        display.advance(123_456)
+    text = re.sub(r"\x1b\[[\d;?]*[A-Za-z]", "", stream.getvalue())  # colours and cursor moves
+    assert "123456/1000000 loss 12.3456  123,456 tokens/s ETA -:--:--" in text
+
+
+def test_row_without_bytes_is_shown() -> None:
+    stream = io.StringIO()
+    display = Display(20, 0, stream)
+    for row in ROWS[1:3]:
+        display.show(row | {"bits_per_byte": None})
+    assert stream.getvalue().count("  no bytes") == 2
 
 
 def test_long_times_left_are_in_hours() -> None:

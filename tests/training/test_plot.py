@@ -41,7 +41,18 @@ def test_picture_has_a_panel_for_recall_once_measured(tmp_path: Path, recall: di
 def test_runs_without_validation_or_with_gaps_are_drawn(tmp_path: Path) -> None:
     rows = [{**r, "loss": None, "grad_norm": None} if r["step"] == 4 else r for r in ROWS]
     assert is_png(plot_run(write(tmp_path, rows[:-1]), tmp_path / "a.png"))
-    assert is_png(plot_run(write(tmp_path, [*rows[:-1], ROWS[-1] | {"loss": None}]), tmp_path / "b.png"))
+    for change in ({"loss": None}, {"bits_per_byte": None}):
+        assert is_png(plot_run(write(tmp_path, [*rows[:-1], ROWS[-1] | change]), tmp_path / "b.png"))
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [("{", "is not JSON"), ("[]", "holds no results by task"), ('{"a": 1}', "holds no results by task")],
+)
+def test_results_that_are_none_are_refused(tmp_path: Path, text: str, message: str) -> None:
+    (tmp_path / "eval.json").write_text(text)
+    with pytest.raises(ValueError, match=rf"eval\.json' {message}"):
+        plot_run(write(tmp_path, ROWS))
 
 
 def test_run_without_rows_is_refused(tmp_path: Path) -> None:

@@ -14,7 +14,8 @@ import torch
 from safetensors.torch import load_file
 
 from gdn2.config import ConfigError, RunConfig, read_config
-from gdn2.data import TokenBatches, prepare
+from gdn2.data import Shards, TokenBatches, load_tokenizer, prepare
+from gdn2.generate import generate
 from gdn2.model import LanguageModel
 from gdn2.training import CheckpointError, Outcome, TrainingError, checkpoint, train
 
@@ -158,7 +159,13 @@ def test_loss_falls_and_rows_are_complete(make_config: MakeConfig, tmp_path: Pat
     assert len(val[-1]["layers"]) == 1  # one mixer, one attention block
     samples = [row for row in rows if row["kind"] == "sample"]
     assert [row["step"] for row in samples] == [30, 60]
-    assert samples[0]["prompt"]
+    tokenizer = load_tokenizer("bytes")
+    model = LanguageModel.from_checkpoint(tmp_path / "run")
+    prompt = Shards(config.data.path).split("val").tokens[: module.PROMPT_TOKENS].tolist()
+    steps = generate(model, [prompt], 8, temperature=0.8, seed=config.seed, stop_tokens=(256,))
+    text = tokenizer.decode([token for (token,) in steps if token is not None])
+    assert (samples[-1]["prompt"], samples[-1]["text"]) == (tokenizer.decode(prompt), text)
+    assert text
     assert training[-1]["lr"] == pytest.approx(config.optim.lr * config.optim.min_lr_ratio)
 
 
@@ -172,6 +179,12 @@ def test_accumulation_matches_one_large_batch(make_config: MakeConfig, tmp_path:
     losses = [[r["loss"] for r in rows_of(tmp_path / d) if r["kind"] == "train"] for d in ("1", "4")]
     # float32 sums in another order: 5 steps of rounding, each about 1e-7 relative
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+    moments = [{k: v for k, v in run.items() if "exp_avg." in k} for run in runs]
+    for key, value in moments[0].items():  # a gradient of a wrong scale shows here; AdamW's own steps hide it
+        torch.testing.assert_close(value, moments[1][key], rtol=1e-3, atol=1e-5 * float(value.abs().max()) + 1e-9)
+    for key in (k for k in runs[0] if k.startswith("model")):
+        # where a gradient is all rounding, AdamW's step may take either sign: 5 of at most lr
+        torch.testing.assert_close(runs[0][key], runs[1][key], rtol=0, atol=1e-3)
 
 
 @pytest.mark.parametrize(
@@ -259,8 +272,22 @@ def test_folder_in_use_is_refused_untouched(make_config: MakeConfig, tmp_path: P
     assert os.listdir(tmp_path) == ["notes.txt"]
 
 
+@pytest.mark.parametrize("resume", [False, True])
+def test_run_that_ended_before_its_first_checkpoint_says_what_to_do(
+    make_config: MakeConfig, tmp_path: Path, resume: bool, on_batch: Callable[[int, Callable[[], None]], None]
+) -> None:
+    def crash() -> None:
+        raise MemoryError
+
+    on_batch(3, crash)
+    with pytest.raises(MemoryError):
+        quiet(make_config(), tmp_path / "run")
+    with pytest.raises(CheckpointError, match="ended before its first checkpoint; remove that folder and start again"):
+        quiet(make_config(), tmp_path / "run", resume)
+
+
 def test_nothing_to_resume_is_said(make_config: MakeConfig, tmp_path: Path) -> None:
-    with pytest.raises(CheckpointError, match="holds no checkpoint to resume from"):
+    with pytest.raises(CheckpointError, match="holds no checkpoint to resume from; start without --resume"):
         quiet(make_config(), tmp_path / "run", resume=True)
     assert os.listdir(tmp_path) == []
 
@@ -279,12 +306,15 @@ def test_damaged_checkpoint_stops_the_resume_and_removing_it_helps(make_config: 
 def test_bad_input_is_refused_before_anything_is_written(
     make_config: MakeConfig, tmp_path: Path, shards: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    prepare(tmp_path / "no_val", [shards.parent / "a.jsonl"], val_share=0)
-    run = tmp_path / "run"
+    run, altered = tmp_path / "run", shutil.copytree(shards, tmp_path / "altered")
+    data = bytearray((altered / "train.bin").read_bytes())
+    data[1] = 255  # token 65,000 or so, of 257
+    (altered / "train.bin").write_bytes(data)
     for overrides, message in [
         (["model.vocab_size=256"], r"model\.vocab_size is 256; expected at least the 257 of the data's tokenizer"),
         (["data.path=nowhere"], "'nowhere' is no folder of token shards"),
-        ([f"data.path={tmp_path / 'no_val'}"], r"val\.bin' has 0 tokens; one window"),
+        (["data.seq_len=8192", "train.micro_batch=1", "train.batch_tokens=8192"], r"val\.bin' has \d+ tokens; one win"),
+        ([f"data.path={altered}"], r"train\.bin' does not match its checksum"),
         (["train.device=cuda:63"], "train.device is 'cuda:63'; expected a device of this machine"),
     ]:
         with pytest.raises(ValueError, match=message):
@@ -325,10 +355,79 @@ def test_skipped_step_leaves_the_weights_alone(
     make_config: MakeConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = make_config("train.tokens=384", "train.checkpoint_every=1", "train.keep_last=3")
-    poison(monkeypatch, {2})
+    poison(monkeypatch, {3})  # the last: validation finds the weights sound, so they are saved
     quiet(config, tmp_path / "run")
-    first, second = tensors(tmp_path / "run", 1), tensors(tmp_path / "run", 2)
+    first, second = tensors(tmp_path / "run", 2), tensors(tmp_path / "run", 3)
     assert all(torch.equal(first[k], second[k]) for k in first)
+
+
+def test_no_checkpoint_within_bad_steps_so_the_last_good_one_stays(
+    make_config: MakeConfig,
+    tmp_path: Path,
+    rows_of: RowsOf,
+    monkeypatch: pytest.MonkeyPatch,
+    on_batch: Callable[[int, Callable[[], None]], None],
+) -> None:
+    poison(monkeypatch, {*range(6, 10), 14})
+    config = make_config("train.checkpoint_every=2", "train.keep_last=9", "train.tokens=1920")
+    quiet(config, tmp_path / "run")  # 15 steps
+    assert [int(p.name[5:]) for p in checkpoint.checkpoints(tmp_path / "run")] == [2, 4, 10, 12, 15]
+
+    poison(monkeypatch, {5, 6, 7})
+    on_batch(2 * 6, lambda: os.kill(os.getpid(), signal.SIGTERM))
+    outcome = quiet(make_config("train.checkpoint_every=4"), tmp_path / "stopped")
+    assert (outcome.step, outcome.interrupted) == (6, "SIGTERM")
+    assert [p.name for p in checkpoint.checkpoints(tmp_path / "stopped")] == ["step_00000004"]
+    last = rows_of(tmp_path / "stopped")[-1]["event"]
+    assert "stopped by SIGTERM, not saved, the last step was not finite; the newest checkpoint is " in last
+    assert "step_00000004; go on with" in last
+
+
+def break_weights(monkeypatch: pytest.MonkeyPatch, step: int, value: float) -> None:
+    """Make the n-th update of the optimizer leave the first parameter at `value`."""
+    plain, calls = torch.optim.AdamW.step, 0
+
+    def update(self: torch.optim.AdamW) -> None:
+        nonlocal calls
+        calls += 1
+        plain(self)
+        if calls == step:
+            self.param_groups[0]["params"][0].data.fill_(value)
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", update)
+
+
+def test_broken_weights_never_push_out_a_good_checkpoint(
+    make_config: MakeConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    break_weights(monkeypatch, 6, math.inf)  # found by the steps that follow
+    with pytest.raises(TrainingError, match=r"stopped at step 16: 10 steps in a row .*newest checkpoint is .*00000004"):
+        quiet(make_config("train.checkpoint_every=4", "train.keep_last=1"), tmp_path / "between")
+    assert all(torch.isfinite(t).all() for t in tensors(tmp_path / "between", 4).values())
+
+    break_weights(monkeypatch, 8, math.nan)  # found by the checkpoint that is due
+    message = r"stopped at step 8: parameter embedding\.weight is not finite; the newest checkpoint is .*00000004"
+    with pytest.raises(TrainingError, match=message):
+        quiet(make_config("train.checkpoint_every=4", "train.keep_last=1"), tmp_path / "due")
+    assert [p.name for p in checkpoint.checkpoints(tmp_path / "due")] == ["step_00000004"]
+
+    monkeypatch.setattr(module, "validate", lambda *_: dict.fromkeys(("loss", "perplexity", "bits_per_byte"), math.nan))
+    with pytest.raises(TrainingError, match=r"stopped at step 20: validation loss nan; the newest .*00000010"):
+        quiet(make_config("train.keep_last=1"), tmp_path / "last")
+    assert [p.name for p in checkpoint.checkpoints(tmp_path / "last")] == ["step_00000010"]
+
+
+@pytest.mark.parametrize("packed", ["false", "true"])
+def test_steps_that_hold_no_byte_of_text_are_survived(
+    make_config: MakeConfig, tmp_path: Path, packed: str, rows_of: RowsOf
+) -> None:
+    """One token a step: some targets are the end of a document, which is no byte, and packed some are none at all."""
+    one = ("data.seq_len=1", "train.micro_batch=1", "train.batch_tokens=1", "train.log_every=1")
+    few = ("train.tokens=600", "optim.warmup_tokens=0", "train.eval_every=0", "train.checkpoint_every=0")
+    quiet(make_config(f"data.packed={packed}", *one, *few), tmp_path / "run")
+    rows = [row for row in rows_of(tmp_path / "run") if row["kind"] == "train"]
+    assert any(row["bits_per_byte"] is None for row in rows)
+    assert (len(rows) < 600) == (packed == "true")
 
 
 def test_persistent_non_finite_steps_stop_the_run(
@@ -380,6 +479,25 @@ def test_clip_zero_reports_the_norm_and_does_not_clip(
     quiet(make_config("optim.clip=0", "train.tokens=384"), tmp_path / "run")
     assert limits == [math.inf] * 3
     assert next(r["grad_norm"] for r in rows_of(tmp_path / "run") if r["kind"] == "train") > 0
+
+
+def test_clipped_gradients_and_the_schedule_reach_the_optimizer(
+    make_config: MakeConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    norms, seen, plain = [], [], torch.optim.AdamW.step
+
+    def update(self: torch.optim.AdamW) -> None:
+        gradients = [p.grad for group in self.param_groups for p in group["params"]]
+        norms.append(float(torch.nn.utils.get_total_norm(gradients)))
+        seen.append({group["lr"] for group in self.param_groups})
+        plain(self)
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", update)
+    config = make_config("optim.clip=0.01")
+    quiet(config, tmp_path / "run")
+    assert norms == pytest.approx([0.01] * 20, rel=1e-4)  # every gradient of these losses is larger; float32 sums
+    assert seen == [{rate} for rate in module.rates(config, 20)]
+    assert len(set(module.rates(config, 20))) > 10
 
 
 def test_eval_and_checkpoint_only_at_the_end_when_zero(

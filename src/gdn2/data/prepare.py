@@ -4,6 +4,7 @@ import hashlib
 import os
 import shutil
 import sys
+import time
 from array import array
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -19,6 +20,7 @@ from gdn2.data.text import NotTextError, describe, find_sources, read_documents
 from gdn2.data.tokenizer import load_tokenizer
 
 ENDINGS = (".bin", ".idx.npy")
+QUIET_SECONDS = 10.0  # at most, between two plain lines
 
 
 class Progress(NamedTuple):
@@ -49,20 +51,22 @@ def prepare(
     """Write the folder of token shards `out` from files and folders, or from a named `corpus` ("stdlib").
 
     A file is a document; of .jsonl and .parquet files each record's `field` is one. `documents` are further texts that
-    follow, under names that meta.json lists among the sources. Which split a document goes to is a hash of its text
-    and `seed`, so it does not move when other documents come or go, and copies stay together. Empty documents are left
-    out. A file found in a folder that is not UTF-8 is left out and named in meta.json;
-    named itself, it is an error. ValueError for bad input, FileExistsError when `out` is there already; after any error
-    nothing is left behind.
+    follow, or all there is, under names that meta.json lists among the sources. Which split a document goes to is a
+    hash of its text and `seed`, so it does not move when other documents come or go, and copies stay together.
+    Documents without a token are left out. A file found in a folder that is not UTF-8 is left out and named in
+    meta.json; named itself, it is an error. `progress` hears of every document.
+
+    ValueError for bad input, FileExistsError when `out` is there already; after any error nothing is left behind.
     """
     out = Path(out)
-    if not 0 <= val_share < 1:
-        raise ValueError(f"val_share is {val_share!r}; expected a number in [0, 1)")
+    if not 0 < val_share < 1:
+        raise ValueError(f"val_share is {val_share!r}; expected a number in (0, 1): training needs text to validate on")
     if os.path.lexists(out):
         raise FileExistsError(f"{str(out)!r} exists already; choose another folder or remove it first")
-    files = find_sources(sources, corpus)
+    alone = documents and not sources and corpus is None
+    files = [] if alone else find_sources(sources, corpus)
     tokens = load_tokenizer(tokenizer)
-    total = sum(f.path.stat().st_size for f in files)
+    total = sum(file.size for file in files)
     dtype = "uint16" if tokens.vocab_size <= 1 << 16 else "uint32"
     out.parent.mkdir(parents=True, exist_ok=True)
     temporary = out.with_name(f".{out.name}.{os.getpid()}")
@@ -74,31 +78,34 @@ def prepare(
 
             def add(text: str) -> None:
                 nonlocal empty
-                if not text:
+                ids = tokens.encode(text)
+                if not ids:
                     empty += 1
                     return
                 raw = text.encode("utf-8")
                 writer = val if _falls_into_val(raw, val_share, seed) else train
-                writer.add([*tokens.encode(text), tokens.end_of_text], len(raw))
+                writer.add([*ids, tokens.end_of_text], len(raw))
 
-            def tell() -> None:
+            def tell(done_bytes: int) -> None:
                 if progress is not None:
                     written = (train.documents + val.documents, train.tokens + val.tokens)
-                    progress(Progress(done, total, *written, skipped[-1] if skipped else None))
+                    progress(Progress(done_bytes, total, *written, skipped[-1] if skipped else None))
 
             for file in files:
+                size = file.size
                 try:
-                    for text in read_documents(file, field):
+                    for text, share in read_documents(file, field):
                         add(text)
+                        tell(done + int(share * size))
                 except NotTextError:
                     if file.explicit:
                         raise
-                    skipped.append(str(file.path))
-                done += file.path.stat().st_size
-                tell()
+                    skipped.append(file.name)
+                done += size
+                tell(done)
             for text in chain.from_iterable(documents.values()):
                 add(text)
-            tell()
+                tell(done)
         _check_split(train, val, val_share)
         tokens.save(temporary)
         meta = Meta(
@@ -168,7 +175,7 @@ def _falls_into_val(raw: bytes, val_share: float, seed: int) -> bool:
 def _check_split(train: SplitWriter, val: SplitWriter, val_share: float) -> None:
     if train.documents + val.documents == 0:
         raise ValueError("the sources hold no text")
-    if train.documents == 0 or (val.documents == 0 and val_share > 0):
+    if train.documents == 0 or val.documents == 0:
         missing = "training" if train.documents == 0 else "validation"
         raise ValueError(
             f"no document of {train.documents + val.documents} fell into the {missing} split (val_share {val_share}); "
@@ -188,22 +195,25 @@ def show_progress(stream: IO[str] | None = None) -> Iterator[Report]:
 
 
 class _Lines:
-    """One line per tenth of the bytes, and one per file left out."""
+    """A line per tenth of the bytes, one whenever QUIET_SECONDS have passed without, and one per file left out."""
 
     def __init__(self, stream: IO[str]) -> None:
         self._stream = stream
         self._tenth = 0
+        self._last = time.monotonic()
         self._skipped: str | None = None
 
     def __call__(self, p: Progress) -> None:
         if p.skipped != self._skipped:
-            print(f"left out, not UTF-8: {p.skipped}", file=self._stream, flush=True)
+            print(f"left out, no UTF-8 text: {p.skipped}", file=self._stream, flush=True)
             self._skipped = p.skipped
         tenth = 10 * p.done_bytes // max(p.total_bytes, 1)
-        if tenth > self._tenth:
-            line = f"{10 * tenth:3d} %  {p.documents:,} documents  {p.tokens:,} tokens"
+        now = time.monotonic()
+        if tenth > self._tenth or now - self._last > QUIET_SECONDS:
+            percent = 100 * p.done_bytes // max(p.total_bytes, 1)
+            line = f"{percent:3d} %  {p.documents:,} documents  {p.tokens:,} tokens"
             print(line, file=self._stream, flush=True)
-            self._tenth = tenth
+            self._tenth, self._last = tenth, now
 
 
 @contextmanager
@@ -219,7 +229,7 @@ def _bar(stream: IO[str]) -> Iterator[Report]:
 
         def report(p: Progress) -> None:
             if p.skipped != last[0]:
-                bar.console.print(f"left out, not UTF-8: {p.skipped}", markup=False)
+                bar.console.print(f"left out, no UTF-8 text: {p.skipped}", markup=False)
                 last[0] = p.skipped
             bar.update(
                 task, completed=p.done_bytes, total=p.total_bytes, note=f"{p.documents:,} documents {p.tokens:,} tokens"

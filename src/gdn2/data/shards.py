@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -48,15 +48,10 @@ class Meta:
         (folder / "meta.json").write_text(json.dumps(asdict(self), indent=2) + "\n", encoding="utf-8")
 
 
-def sha256_of(path: Path, progress: Callable[[int], None] | None = None) -> str:
-    """Hex SHA-256 of a file, read in pieces; `progress` hears the bytes of each piece."""
-    digest = hashlib.sha256()
+def sha256_of(path: Path) -> str:
+    """Hex SHA-256 of a file, read in pieces."""
     with path.open("rb") as file:
-        while piece := file.read(1 << 20):
-            digest.update(piece)
-            if progress is not None:
-                progress(len(piece))
-    return digest.hexdigest()
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 @dataclass(frozen=True)
@@ -107,10 +102,13 @@ class Shards:
             raise ValueError(f"split {name!r}; expected one of {', '.join(SPLITS)}")
         return self._splits[name]
 
-    def verify(self, progress: Callable[[int], None] | None = None) -> None:
-        """Read every byte and compare it with the checksums of meta.json; ValueError names the file that differs."""
+    def verify(self, *splits: str) -> None:
+        """Read every byte of `splits` (of all when none is named) and compare it with the checksums of meta.json.
+
+        ValueError names the file that differs.
+        """
         for name, expected in self.meta.sha256.items():
-            if sha256_of(self.path / name, progress) != expected:
+            if name.startswith(splits or SPLITS) and sha256_of(self.path / name) != expected:
                 raise ValueError(
                     f"{str(self.path / name)!r} does not match its checksum in meta.json; prepare it again"
                 )
@@ -123,14 +121,12 @@ class Shards:
         if not index.is_file():
             raise ValueError(f"{str(index)!r} is missing; prepare it again")
         try:
-            offsets = np.load(index, mmap_mode="r", allow_pickle=False)
+            offsets = np.lib.format.open_memmap(index, mode="r")
         except ValueError as error:
             raise ValueError(f"{str(index)!r} is truncated or no array: {error}") from error
         if offsets.shape != (counts.documents + 1,) or offsets[-1] != counts.tokens:
             raise ValueError(f"{str(index)!r} does not fit meta.json; prepare it again")
-        # An empty file cannot be mapped.
-        tokens = np.memmap(path, self._dtype, "r") if counts.tokens else np.empty(0, self._dtype)
-        return TokenFile(path, tokens, offsets, self.meta, counts)
+        return TokenFile(path, np.memmap(path, self._dtype, "r"), offsets, self.meta, counts)
 
     def _check_size(self, path: Path, expected: int) -> None:
         if not path.is_file():
@@ -195,6 +191,12 @@ class TokenBatches:
         first = self._taken + self.rank * self.batch
         self._taken += self.batch * self.world_size
         return self.read([self._window(i) for i in range(first, first + self.batch)])
+
+    def spread(self, tokens: int) -> list[list[int]]:
+        """The windows, by batch, of at most `tokens` (one at least), evenly over the file: the same ones every time."""
+        count = min(self.windows, max(1, tokens // self.seq_len))
+        windows = np.linspace(0, self.windows - 1, count).round().astype(int).tolist()
+        return [windows[first : first + self.batch] for first in range(0, count, self.batch)]
 
     def _window(self, i: int) -> int:
         epoch, place = divmod(i, self.windows)

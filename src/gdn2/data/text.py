@@ -7,6 +7,7 @@ import sysconfig
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 CORPORA = ("stdlib",)
 # Not the library a programmer reads: tests, installed packages, applications, code tables and generated text.
@@ -17,15 +18,32 @@ STDLIB_EXCLUDED = {
 
 
 class NotTextError(ValueError):
-    """A file that is not UTF-8."""
+    """A file that is not UTF-8, or no file at all."""
+
+
+class Document(NamedTuple):
+    """A text, and how much of its file is read once it has come: a share in [0, 1]."""
+
+    text: str
+    share: float
 
 
 @dataclass(frozen=True)
 class Source:
-    """One file; `explicit` when the user named it, rather than a walk found it."""
+    """One file; `explicit` when the user named it, rather than a walk found it. `root` is what its name leaves out."""
 
     path: Path
     explicit: bool
+    root: Path | None = None
+
+    @property
+    def name(self) -> str:
+        return str(self.path.relative_to(self.root) if self.root else self.path)
+
+    @property
+    def size(self) -> int:
+        """Bytes; 0 for a broken link and for what is no regular file."""
+        return self.path.stat().st_size if self.path.is_file() else 0
 
 
 def find_sources(sources: Sequence[str | Path], corpus: str | None = None) -> list[Source]:
@@ -38,7 +56,8 @@ def find_sources(sources: Sequence[str | Path], corpus: str | None = None) -> li
     if corpus is not None:
         if corpus not in CORPORA:
             raise ValueError(f"corpus is {corpus!r}; expected one of {', '.join(CORPORA)}")
-        return [Source(path, explicit=False) for path in _stdlib_files()]
+        root = Path(sysconfig.get_paths()["stdlib"])
+        return [Source(path, explicit=False, root=root) for path in _library_files(root)]
     found: list[Source] = []
     for name in map(Path, sources):
         if name.is_dir():
@@ -60,19 +79,22 @@ def describe(sources: Sequence[str | Path], corpus: str | None) -> list[str]:
     return [str(s) for s in sources]
 
 
-def read_documents(source: Source, field: str = "text") -> Iterator[str]:
+def read_documents(source: Source, field: str = "text") -> Iterator[Document]:
     """The documents of one file: each record's `field` of .jsonl and .parquet, else the whole file as one.
 
     A single document must fit in memory; a file of records need not. NotTextError for a text file that is not
-    UTF-8; ValueError with file and line for a record that is not JSON or whose field is missing or no text.
+    UTF-8, a broken link and what is no regular file; ValueError with file and line for a record that is not JSON or
+    whose field is missing or no text.
     """
+    if not source.path.is_file():
+        raise NotTextError(f"{source.path}: a broken link, or no regular file")
     if source.path.suffix == ".jsonl":
         yield from _jsonl(source.path, field)
     elif source.path.suffix == ".parquet":
         yield from _parquet(source.path, field)
     else:
         try:
-            yield source.path.read_bytes().decode("utf-8")
+            yield Document(source.path.read_bytes().decode("utf-8"), 1.0)
         except UnicodeDecodeError as error:
             raise NotTextError(f"{source.path}: not UTF-8 text ({error.reason} at byte {error.start})") from error
 
@@ -83,28 +105,29 @@ def _walk(folder: Path) -> Iterator[Path]:
         yield from (Path(parent, f) for f in sorted(files) if not f.startswith("."))
 
 
-def _stdlib_files() -> list[Path]:
-    root = Path(sysconfig.get_paths()["stdlib"])
+def _library_files(root: Path) -> list[Path]:
     files = (path.relative_to(root) for path in root.rglob("*.py"))
     return [root / path for path in sorted(files) if STDLIB_EXCLUDED.isdisjoint(path.parts)]
 
 
-def _jsonl(path: Path, field: str) -> Iterator[str]:
+def _jsonl(path: Path, field: str) -> Iterator[Document]:
+    size, done = path.stat().st_size, 0
     with path.open("rb") as lines:
         for number, line in enumerate(lines, start=1):
+            done += len(line)
             if not line.strip():
                 continue
             try:
                 record = json.loads(line)
-            except ValueError as error:  # not JSON, or not UTF-8
+            except (ValueError, RecursionError) as error:  # not JSON, not UTF-8, or nested thousands deep
                 raise ValueError(f"{path}:{number}: not a line of JSON: {error}") from error
             text = record.get(field) if isinstance(record, dict) else None
             if not isinstance(text, str):
                 raise ValueError(f"{path}:{number}: no text in field {field!r}; expected an object that has it")
-            yield _whole(text, f"{path}:{number}")
+            yield Document(_whole(text, f"{path}:{number}"), done / size)
 
 
-def _parquet(path: Path, field: str) -> Iterator[str]:
+def _parquet(path: Path, field: str) -> Iterator[Document]:
     try:
         import pyarrow
         import pyarrow.parquet
@@ -117,13 +140,19 @@ def _parquet(path: Path, field: str) -> Iterator[str]:
     with file:
         if field not in file.schema_arrow.names:
             raise ValueError(f"{path}: no column {field!r}; expected one of {', '.join(file.schema_arrow.names)}")
-        row = 0
-        for group in file.iter_batches(batch_size=256, columns=[field]):
-            for text in group.column(0).to_pylist():
+        groups, row = file.iter_batches(batch_size=256, columns=[field]), 0
+        while True:
+            try:
+                texts = next(groups).column(0).to_pylist()
+            except StopIteration:
+                return
+            except (pyarrow.ArrowException, OSError, ValueError) as error:
+                raise ValueError(f"{path}: damaged after row {row}: {error}") from error
+            for text in texts:
                 row += 1
                 if not isinstance(text, str):
                     raise ValueError(f"{path}: row {row} of column {field!r} is {type(text).__name__}; expected text")
-                yield text
+                yield Document(text, row / file.metadata.num_rows)
 
 
 def _whole(text: str, where: str) -> str:

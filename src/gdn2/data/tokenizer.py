@@ -43,6 +43,9 @@ class Tokenizer(Protocol):
     def save(self, folder: Path) -> None:
         """Write into an existing folder what `load_tokenizer(folder)` needs."""
 
+    def definition(self) -> str:
+        """All of it as text: the same for two tokenizers that turn every text into the same ids."""
+
 
 class ByteTokenizer:
     """Ids 0..255 are the bytes of the text in UTF-8; 256 is end-of-text."""
@@ -62,7 +65,10 @@ class ByteTokenizer:
         return ByteStream()
 
     def save(self, folder: Path) -> None:
-        (folder / FILE).write_text(json.dumps({"gdn2": self.name}) + "\n", encoding="utf-8")
+        (folder / FILE).write_text(self.definition() + "\n", encoding="utf-8")
+
+    def definition(self) -> str:
+        return json.dumps({"gdn2": self.name})
 
 
 class ByteStream:
@@ -90,6 +96,8 @@ class HuggingFaceTokenizer:
         if found is None:
             raise ValueError(f"tokenizer {name!r} has no end-of-text token; expected {' or '.join(names)}")
         inner.encode_special_tokens = True
+        inner.no_truncation()  # a file may ask for either, made for another use: every document is wanted whole
+        inner.no_padding()
         self._inner = inner
         self._end_of_text_name = found
         self.name = name
@@ -109,8 +117,14 @@ class HuggingFaceTokenizer:
 
     def save(self, folder: Path) -> None:
         self._inner.save(str(folder / FILE))
-        config = json.dumps({"eos_token": self._end_of_text_name})
-        (folder / CONFIG_FILE).write_text(config + "\n", encoding="utf-8")
+        (folder / CONFIG_FILE).write_text(self._config() + "\n", encoding="utf-8")
+
+    def definition(self) -> str:
+        definition: str = self._inner.to_str()
+        return definition + self._config()
+
+    def _config(self) -> str:
+        return json.dumps({"eos_token": self._end_of_text_name})
 
 
 class HuggingFaceStream:
@@ -161,10 +175,9 @@ def load_tokenizer(spec: str | Path) -> Tokenizer:
 def _from_file(path: Path, name: str) -> Tokenizer:
     if _read_json(path).get("gdn2") == ByteTokenizer.name:
         return ByteTokenizer()
-    from tokenizers import Tokenizer as Inner
-
+    inner_class = _hugging_face(name)
     try:
-        inner = Inner.from_file(str(path))
+        inner = inner_class.from_file(str(path))
     except Exception as error:  # tokenizers raises bare Exception
         raise ValueError(f"tokenizer file {str(path)!r} is not a tokenizers file: {error}") from error
     return HuggingFaceTokenizer(inner, name, _declared_end_of_text(path.with_name(CONFIG_FILE)))
@@ -187,13 +200,18 @@ def _read_json(path: Path) -> dict[str, Any]:
     return content
 
 
-def _from_hub(name: str) -> Tokenizer:
+def _hugging_face(name: str) -> Any:
     try:
         from tokenizers import Tokenizer as Inner
     except ImportError as error:
         raise ValueError(f"tokenizer {name!r} needs the package tokenizers: pip install 'gdn2[hf]'") from error
+    return Inner
+
+
+def _from_hub(name: str) -> Tokenizer:
+    inner_class = _hugging_face(name)
     try:
-        inner = Inner.from_pretrained(name)
+        inner = inner_class.from_pretrained(name)
     except Exception as error:  # tokenizers raises bare Exception for every failure, the network's included
         raise ValueError(
             f"tokenizer {name!r} is neither 'bytes' nor a file or folder here, and the Hugging Face hub could not "

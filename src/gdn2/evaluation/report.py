@@ -37,6 +37,7 @@ def evaluate(
     token_file: TokenFile,
     *,
     seq_len: int,
+    packed: bool,
     length: int | None,
     tokens: int,
     samples: int,
@@ -46,15 +47,15 @@ def evaluate(
 ) -> Result:
     """Run one of TASKS on held-out text; returns its result with the settings that produced it.
 
-    `perplexity` scores about `tokens` targets in windows of `length`, or of `seq_len` when that is None. The others
+    `perplexity` scores about `tokens` targets in windows of `length`, or of `seq_len` when that is None, and heeds the
+    borders of documents when `packed`, as training did. The others
     ask `samples` questions drawn with `seed`: needles in prompts of `length` tokens, or of NEEDLE_LENGTH. `progress`
     is told how many targets or samples are done, and of how many. ValueError for what the task refuses.
     """
     check_tasks([task])
     if task == "perplexity":
-        return asdict(language.perplexity(model, token_file, length or seq_len, tokens, device, progress)) | {
-            "length": length or seq_len
-        }
+        score = language.perplexity(model, token_file, length or seq_len, tokens, device, packed, progress)
+        return asdict(score) | {"length": length or seq_len}
     if task == "recall":
         questions = retrieval.recall_samples(samples, seed)
         answer = retrieval.greedy(model, tokenizer, RECALL_TOKENS, ["\n"], progress=progress)
@@ -77,7 +78,7 @@ def read(path: Path) -> dict[str, Result]:
         results = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise ValueError(f"{str(path)!r} is not JSON ({error}); move it away to evaluate anew") from error
-    if not isinstance(results, dict):
+    if not isinstance(results, dict) or not all(isinstance(result, dict) for result in results.values()):
         raise ValueError(f"{str(path)!r} holds no results by task; move it away to evaluate anew")
     return results
 
@@ -91,16 +92,16 @@ def write(path: Path, results: Mapping[str, Result]) -> None:
 
 def table(results: Mapping[str, Result]) -> "Table":
     """The results for a terminal: a row per task, perplexity followed by its curve along the context."""
-    from rich.table import Table
+    from rich.table import Column, Table
 
-    out = Table("task", "result", "on")
+    out = Table("task", Column("result", no_wrap=True), "on")
     for task, result in results.items():
         if task == "perplexity":
-            on = f"{result['tokens']:,} tokens in windows of {result['length']:,}"
+            on = f"{result['tokens']:,} tokens, windows of {result['length']:,}"
             out.add_row(task, f"{result['perplexity']:.3f}{_bits(result)}", on)
             for bucket in result["by_position"]:
-                where = f"  places {bucket['start']:,} to {bucket['stop'] - 1:,}"
-                out.add_row(where, f"{bucket['nats']:.4f} nats{_bits(bucket)}", "")
+                where = f"places {bucket['start']:,} to {bucket['stop'] - 1:,}"
+                out.add_row("", f"{bucket['nats']:.4f} nats{_bits(bucket)}", where)
         elif task == "recall":
             on = f"{result['samples']} samples, {result['pairs']} pairs each"
             out.add_row(task, f"{result['percent']:.1f} %, chance {result['chance_percent']:.1f} %", on)

@@ -5,8 +5,9 @@ one repeated line (`niah_single_1`) or natural text, RULER's "essays": here the 
 habit the validation documents of the corpus, with runs of white space made one space.
 
 Key-value recall: lines of `key=value`, a blank line, then `key=`. A key is one letter and a value one digit, all
-different, so that guessing any value seen scores 1 / pairs. The training documents hold few pairs and ask for each four
-times: with longer keys or more pairs the signal is too thin for a tiny byte-level model to start on in minutes.
+different, so that guessing any value seen scores 1 / pairs. The training documents hold few pairs, half of them only
+one, and ask for each eight times: a tiny byte-level model learns to repeat the one pair within minutes, and with it to
+recall many. Without such a first step, or with longer keys, the signal is too thin to start on.
 """
 
 import random
@@ -24,7 +25,8 @@ from gdn2.generate import generate_text
 from gdn2.model import LanguageModel
 
 RECALL_PAIRS = 8  # in a question
-TAUGHT_PAIRS = 4  # at most, in a training document
+TAUGHT_PAIRS = (1, 1, 1, 2, 3, 4)  # in a training document, equally likely
+ASKED = 8  # times that a training document asks for each pair
 ANSWER_TOKENS = 128  # what RULER lets a model write, and keeps free of the length
 DEPTHS = tuple(round(100 * i / 39) for i in range(40))  # percent of the haystack's sentences before a needle
 GRASS = "The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again."
@@ -185,11 +187,11 @@ def recall_samples(n: int, seed: int, pairs: int = RECALL_PAIRS) -> list[RecallS
 
 
 def recall_documents(n: int, seed: int) -> Iterator[str]:
-    """`n` training documents of the key-value task: 1 to TAUGHT_PAIRS pairs, then four times each in any order."""
+    """`n` training documents of the key-value task: a few pairs, then each ASKED times in any order."""
     rng = random.Random(f"recall documents {seed}")  # another stream than the samples', whatever the seeds
     for _ in range(n):
-        shown = _pairs(rng, rng.randint(1, TAUGHT_PAIRS))
-        yield _lines(shown) + "\n" + "".join(_lines(rng.sample(shown, len(shown))) for _ in range(4))
+        shown = _pairs(rng, rng.choice(TAUGHT_PAIRS))
+        yield _lines(shown) + "\n" + "".join(_lines(rng.sample(shown, len(shown))) for _ in range(ASKED))
 
 
 def _pairs(rng: random.Random, n: int) -> list[tuple[str, str]]:

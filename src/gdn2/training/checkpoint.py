@@ -82,8 +82,11 @@ def save(
     return folder
 
 
-def verify(folder: Path) -> dict[str, Any]:
-    """The checkpoint's trainer values, once every file's checksum agreed. CheckpointError names what is wrong."""
+def verify(folder: Path, optimizer: bool = True) -> dict[str, Any]:
+    """The checkpoint's trainer values, once every file's checksum agreed. CheckpointError names what is wrong.
+
+    The optimizer's file is the largest, and only training reads it: without `optimizer` it is left alone.
+    """
     try:
         content = json.loads((folder / "trainer.json").read_text(encoding="utf-8"))
         trainer: dict[str, Any] = content["trainer"]
@@ -93,6 +96,8 @@ def verify(folder: Path) -> dict[str, Any]:
         raise _damaged(folder, "trainer.json", str(error)) from error
     for name, expected in trainer["sha256"].items():
         path = folder / name
+        if name == "optimizer.safetensors" and not optimizer:
+            continue
         if not path.is_file():
             raise _damaged(folder, name, "it is missing")
         if sha256_of(path) != expected:
@@ -143,8 +148,8 @@ def _digest(trainer: dict[str, Any]) -> str:
 
 
 def _damaged(folder: Path, name: str, reason: str) -> CheckpointError:
-    older = [p for p in checkpoints(folder.parents[1]) if p.name < folder.name]
-    way_out = f"remove that folder to resume from {older[-1]}" if older else "there is no older checkpoint"
+    older = [p for p in checkpoints(folder.absolute().parent.parent) if p.name < folder.name]
+    way_out = f"remove that folder to go on from {older[-1]}" if older else "there is no older checkpoint"
     return CheckpointError(f"checkpoint {folder} is damaged: {name}: {reason}; {way_out}")
 
 

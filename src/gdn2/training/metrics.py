@@ -4,13 +4,11 @@ import json
 import math
 import os
 import sys
-from collections.abc import Iterator
 from contextlib import AbstractContextManager, ExitStack
 from pathlib import Path
 from types import TracebackType
 from typing import IO, Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -25,18 +23,14 @@ SATURATED = 0.01  # a gate this close to either end of its range hardly passes g
 
 
 def language_scores(nats: float, targets: int, text_bytes: float) -> Row:
-    """Mean loss in nats per token, perplexity and bits per byte from sums over `targets` predicted tokens."""
+    """Mean loss in nats per token, perplexity and bits per byte from sums over `targets` predicted tokens.
+
+    Bits per byte are None where the targets hold no byte, as one end-of-text token alone.
+    """
     loss = nats / targets
     perplexity = math.exp(loss) if loss < LARGEST_NATS else math.inf
-    return {"loss": loss, "perplexity": perplexity, "bits_per_byte": nats / (math.log(2) * text_bytes)}
-
-
-def validation_batches(batches: TokenBatches, tokens: int) -> Iterator[Batch]:
-    """At most `tokens` of a split in whole windows (one at least), spread evenly over it: the same ones every time."""
-    count = min(batches.windows, max(1, tokens // batches.seq_len))
-    windows = np.linspace(0, batches.windows - 1, count).round().astype(int).tolist()
-    for first in range(0, count, batches.batch):
-        yield batches.read(windows[first : first + batches.batch])
+    bits = nats / (math.log(2) * text_bytes) if text_bytes else None
+    return {"loss": loss, "perplexity": perplexity, "bits_per_byte": bits}
 
 
 @torch.no_grad()
@@ -47,7 +41,7 @@ def validate(
     was_training = model.training
     model.eval()
     nats, targets, text_bytes, layers = 0.0, 0, 0.0, []
-    for batch in validation_batches(batches, tokens):
+    for batch in map(batches.read, batches.spread(tokens)):
         count = int((batch.targets != IGNORE).sum())
         text_bytes += batches.token_file.bytes_of(batch.targets)
         batch = batch.to(device)
@@ -104,19 +98,34 @@ class MetricsFile:
         """Drop the rows of later steps, and a half-written last line: a resumed run writes them again."""
         if not self._path.exists():
             return
-        lines = self._path.read_text(encoding="utf-8").splitlines(keepends=True)
-        kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step]
+        kept = [line for line, row in _whole_lines(self._path) if row["step"] <= step]
         temporary = self._path.with_name(f".{self._path.name}")
         temporary.write_text("".join(kept), encoding="utf-8")
         os.replace(temporary, self._path)
 
 
 def read_metrics(run_dir: Path) -> list[Row]:
-    """The rows of a run. ValueError when there are none."""
+    """The rows of a run. ValueError when there is no file of them, or a line is no row."""
     path = run_dir / "metrics.jsonl"
     if not path.is_file():
         raise ValueError(f"{str(run_dir)!r} holds no metrics.jsonl; expected the folder of a training run")
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    return [row for _, row in _whole_lines(path)]
+
+
+def _whole_lines(path: Path) -> list[tuple[str, Row]]:
+    """The lines and the rows in them; a last line without its end is being written, or was when the run died."""
+    found = []
+    for number, line in enumerate(path.read_bytes().splitlines(keepends=True), start=1):
+        if not line.endswith(b"\n"):
+            break
+        try:
+            row = json.loads(line)
+        except ValueError as error:
+            raise ValueError(f"{path}:{number}: not a line of JSON: {error}") from error
+        if not isinstance(row, dict) or not {"kind", "step"} <= row.keys():
+            raise ValueError(f"{path}:{number}: no row of metrics; expected an object with kind and step")
+        found.append((line.decode("utf-8"), row))
+    return found
 
 
 def _finite(value: Any) -> Any:
@@ -137,10 +146,15 @@ class Display:
         if self._stream.isatty():
             from rich.console import Console
             from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+            from rich.table import Column
 
-            columns = (TextColumn("train"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[note]}"))
-            end = (TextColumn("ETA"), TimeRemainingColumn(elapsed_when_finished=True))
-            self._bar = Progress(*columns, *end, console=Console(file=self._stream, highlight=False))
+            def whole() -> Column:  # on a narrow terminal the bar alone gives way
+                return Column(no_wrap=True)
+
+            note = TextColumn("{task.fields[note]}", table_column=whole())
+            left = TimeRemainingColumn(elapsed_when_finished=True, table_column=whole())
+            columns = (BarColumn(), MofNCompleteColumn(table_column=whole()), note, TextColumn("ETA"), left)
+            self._bar = Progress(*columns, console=Console(file=self._stream, highlight=False))
             self._task = self._bar.add_task("train", total=steps, completed=step, note="")
 
     def __enter__(self) -> "Display":
@@ -163,7 +177,7 @@ class Display:
         if self._bar is None:
             print(self._line(row), file=self._stream, flush=True)
         elif row["kind"] == "train":
-            self._bar.update(self._task, note=_note(row))
+            self._bar.update(self._task, note=f"loss {row['loss']:.4f}  {_speed(row)}")
         else:
             self._bar.console.print(self._line(row), markup=False)
 
@@ -171,17 +185,22 @@ class Display:
         head = f"step {row['step']}/{self._steps}  "
         if row["kind"] == "train":
             left = (self._steps - row["step"]) * row["elapsed"] / row["step"]
-            return f"{head}{_note(row)}  lr {row['lr']:.2e}  grad {row['grad_norm']:.2f}  ETA {_clock(left)}"
+            scores = f"loss {row['loss']:.4f}  {_bits(row)}  {_speed(row)}"
+            return f"{head}{scores}  lr {row['lr']:.2e}  grad {row['grad_norm']:.2f}  ETA {_clock(left)}"
         if row["kind"] == "val":
-            scores = f"perplexity {row['perplexity']:.3f}  {row['bits_per_byte']:.4f} bits per byte"
+            scores = f"perplexity {row['perplexity']:.3f}  {_bits(row)}"
             return f"{head}validation: loss {row['loss']:.4f}  {scores}"
         if row["kind"] == "sample":
             return f"{head}sample: {row['prompt']}[...]{row['text']}"
         return f"{head}{row['event']}"
 
 
-def _note(row: Row) -> str:
-    return f"loss {row['loss']:.4f}  {row['bits_per_byte']:.4f} bits per byte  {row['tokens_per_second']:,.0f} tokens/s"
+def _bits(row: Row) -> str:
+    return "no bytes" if row["bits_per_byte"] is None else f"{row['bits_per_byte']:.4f} bits per byte"
+
+
+def _speed(row: Row) -> str:
+    return f"{row['tokens_per_second']:,.0f} tokens/s"
 
 
 def _clock(seconds: float) -> str:

@@ -15,7 +15,7 @@ BLUE, ORANGE = "#1f4e9c", "#d9731a"  # apart in lightness too; shapes and labels
 def plot_run(run_dir: str | Path, out: str | Path | None = None) -> Path:
     """Draw RUN/metrics.jsonl (and the recall in RUN/eval.json, when it is there) into a PNG; RUN/plot.png by default.
 
-    ValueError when the run has no training rows yet, or matplotlib is missing.
+    ValueError when the run has no training rows yet, a file is not what it should be, or matplotlib is missing.
     """
     run_dir = Path(run_dir)
     out = run_dir / "plot.png" if out is None else Path(out)
@@ -50,7 +50,8 @@ def _loss(axes: "Axes", train: list[Row], val: list[Row]) -> None:
         axes.plot(_tokens(val), _values(val, "loss"), label="validation", **style)
     if val and val[-1]["loss"] is not None:
         last = val[-1]
-        text = f"validation {last['loss']:.3f} nats\n{last['bits_per_byte']:.3f} bits per byte"
+        bits = "" if last["bits_per_byte"] is None else f"\n{last['bits_per_byte']:.3f} bits per byte"
+        text = f"validation {last['loss']:.3f} nats{bits}"
         axes.annotate(text, (last["tokens"], last["loss"]), (-6, 16), textcoords="offset points", ha="right")
     axes.set_ylabel("loss, nats per token")
     axes.legend(frameon=False)
@@ -108,5 +109,10 @@ def _recall(path: Path) -> dict[str, Any]:
     """The tasks of eval.json that have a percentage of right answers."""
     if not path.is_file():
         return {}
-    results = json.loads(path.read_text(encoding="utf-8"))
+    try:
+        results = json.loads(path.read_bytes())
+    except ValueError as error:
+        raise ValueError(f"{str(path)!r} is not JSON ({error}); move it away or evaluate anew") from error
+    if not isinstance(results, dict) or not all(isinstance(result, dict) for result in results.values()):
+        raise ValueError(f"{str(path)!r} holds no results by task; move it away or evaluate anew")
     return {task: result for task, result in results.items() if "percent" in result}

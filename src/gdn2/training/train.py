@@ -67,15 +67,18 @@ def train(config: RunConfig, run_dir: str | Path, resume: bool = False, stream: 
     """Train as `config` says, in the folder `run_dir`; with `resume`, go on from its newest checkpoint.
 
     SIGINT (Ctrl-C) and SIGTERM end it after the current step with a checkpoint; a second one ends it at once. On a CPU
-    a resumed run is bit-identical to one that never stopped. Progress goes to `stream` (standard output).
+    a resumed run is bit-identical to one that never stopped. Progress goes to `stream` (standard output). No checkpoint
+    is written while steps are not finite, so that the kept ones are good.
 
     ConfigError and ValueError for a configuration, data or folder that cannot be used, before anything is written;
     CheckpointError for a damaged or unwritable checkpoint; TrainingError when `train.max_bad_steps` steps in a row
-    had a loss or gradient that is not finite (such steps are skipped and counted, the weights stay as they were).
+    had a loss or gradient that is not finite (such steps are skipped and counted, the weights stay as they were), or
+    when what would be saved is not finite.
     """
     run_dir, optim = Path(run_dir), config.optim
     device, autocast, precision = resolve_device(config)
     shards = Shards(config.data.path)
+    shards.verify()
     tokenizer = load_tokenizer(shards.path)
     check_vocabulary(config, shards)
     source = {"train_sha256": shards.meta.sha256["train.bin"], "precision": precision}
@@ -115,6 +118,9 @@ def train(config: RunConfig, run_dir: str | Path, resume: bool = False, stream: 
             return row
 
         def save() -> None:
+            broken = next((name for name, p in model.named_parameters() if not p.isfinite().all()), None)
+            if broken is not None:
+                raise TrainingError(diverged(run_dir, counters.step, f"parameter {broken} is not finite"))
             values = source | {
                 "step": counters.step,
                 "tokens": counters.step * config.train.batch_tokens,
@@ -138,7 +144,7 @@ def train(config: RunConfig, run_dir: str | Path, resume: bool = False, stream: 
                 with autocast:
                     on_device = batch.to(device)
                     loss = model.loss(on_device.tokens, on_device.targets, cu_seqlens=on_device.cu_seqlens)
-                (loss * (count_targets(batch) / targets)).backward()
+                (loss * (count_targets(batch) / max(targets, 1))).backward()
                 nats += float(loss.detach()) * count_targets(batch)
             norm = float(torch.nn.utils.clip_grad_norm_(model.parameters(), optim.clip or math.inf))
             finite = math.isfinite(nats) and math.isfinite(norm)
@@ -160,10 +166,11 @@ def train(config: RunConfig, run_dir: str | Path, resume: bool = False, stream: 
             else:
                 counters.bad_steps += 1
                 counters.bad_in_row += 1
-                what = f"loss {nats / targets}, gradient norm {norm}"
+                what = f"loss {nats / max(targets, 1)}, gradient norm {norm}"
                 record("event", event=f"step skipped, not finite: {what} ({counters.bad_steps} so far)")
                 if counters.bad_in_row >= config.train.max_bad_steps:
-                    raise TrainingError(diverged(run_dir, counters, what))
+                    why = f"{counters.bad_in_row} steps in a row were not finite (the last: {what})"
+                    raise TrainingError(diverged(run_dir, counters.step, why))
             if counters.targets and (counters.step % config.train.log_every == 0 or last):
                 scores = language_scores(counters.nats, counters.targets, counters.text_bytes)
                 speed = counters.tokens / counters.seconds
@@ -172,31 +179,36 @@ def train(config: RunConfig, run_dir: str | Path, resume: bool = False, stream: 
                 counters.targets = counters.tokens = 0
             if last or due(counters.step, config.train.eval_every):
                 last_val = record("val", **validate(model, val_batches, config.train.eval_tokens, device, autocast))
+                if last and not math.isfinite(last_val["loss"]):
+                    raise TrainingError(diverged(run_dir, counters.step, f"validation loss {last_val['loss']}"))
             if due(counters.step, config.train.sample_every):
                 record("sample", **sample(model, val_batches.token_file, tokenizer, config))
-            if last or due(counters.step, config.train.checkpoint_every):
+            # Within a streak of bad steps the weights may be their cause, and a checkpoint would push out a good one.
+            if last or (counters.bad_in_row == 0 and due(counters.step, config.train.checkpoint_every)):
                 save()
                 saved_step = counters.step
             display.advance(counters.step)
 
-        if stop.received is not None and saved_step != counters.step:
-            save()
         if counters.step < config.steps:
-            record("event", event=f"stopped by {stop.received}, saved; go on with: gdn2 train --run {run_dir} --resume")
+            sound = counters.bad_in_row == 0
+            if sound and saved_step != counters.step:
+                save()
+            how = "saved" if sound else f"not saved, the last step was not finite; {newest(run_dir)}"
+            record("event", event=f"stopped by {stop.received}, {how}; go on with: gdn2 train --run {run_dir} --resume")
         else:
             record("event", event=f"finished: {run_dir}")
     interrupted = stop.received if counters.step < config.steps else None
     return Outcome(counters.step, counters.step * config.train.batch_tokens, interrupted, last_val)
 
 
-def resolve_device(config: RunConfig) -> tuple[torch.device, AbstractContextManager, str]:
-    """Device, autocast context and the precision's name. ConfigError for a device that is not here."""
+def resolve_device(config: RunConfig, key: str = "train.device") -> tuple[torch.device, AbstractContextManager, str]:
+    """Device, autocast context and the precision's name. ConfigError, which calls it `key`, for one not here."""
     name = config.train.device
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     device = torch.device(name)
     present = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    require(device.type == "cpu" or (device.index or 0) < present, "train.device", name, "a device of this machine")
+    require(device.type == "cpu" or (device.index or 0) < present, key, name, "a device of this machine")
     precision = config.train.precision
     if precision == "auto":
         precision = "bf16" if device.type == "cuda" else "fp32"
@@ -221,13 +233,18 @@ def open_run(
     Touches nothing. ValueError for a new run in a folder that is not empty; CheckpointError when there is nothing to
     resume or it is damaged; ConfigError when the configuration differs in more than it may.
     """
+    found = checkpoint.checkpoints(run_dir)
+    if not found and (run_dir / "metrics.jsonl").is_file():
+        raise CheckpointError(
+            f"the run in {str(run_dir)!r} ended before its first checkpoint; remove that folder and start again "
+            "without --resume, perhaps with a smaller train.checkpoint_every"
+        )
     if not resume:
         if run_dir.exists() and (not run_dir.is_dir() or any(run_dir.iterdir())):
             raise ValueError(f"{str(run_dir)!r} is not empty; resume the run in it, or choose another folder")
         return None, {}
-    found = checkpoint.checkpoints(run_dir)
     if not found:
-        raise CheckpointError(f"{str(run_dir)!r} holds no checkpoint to resume from")
+        raise CheckpointError(f"{str(run_dir)!r} holds no checkpoint to resume from; start without --resume")
     trainer = checkpoint.verify(found[-1])
     check_same(read_config(found[-1]), config, trainer["step"])
     for key, now in source.items():
@@ -283,13 +300,13 @@ def sample(model: LanguageModel, token_file: TokenFile, tokenizer: Tokenizer, co
     return {"prompt": tokenizer.decode(prompt), "text": tokenizer.decode(ids)}
 
 
-def diverged(run_dir: Path, counters: Counters, what: str) -> str:
+def diverged(run_dir: Path, step: int, why: str) -> str:
+    return f"stopped at step {step}: {why}; {newest(run_dir)}. A lower optim.lr or longer optim.warmup_tokens may help"
+
+
+def newest(run_dir: Path) -> str:
     saved = checkpoint.checkpoints(run_dir)
-    newest = f"the newest checkpoint is {saved[-1]}" if saved else "no checkpoint was written"
-    return (
-        f"stopped at step {counters.step}: {counters.bad_in_row} steps in a row were not finite (the last: {what}); "
-        f"{newest}. A lower optim.lr or longer optim.warmup_tokens may help"
-    )
+    return f"the newest checkpoint is {saved[-1]}" if saved else "no checkpoint was written"
 
 
 class StopSignals:
