@@ -119,7 +119,7 @@ def test_eval_shows_and_keeps_results(run, capsys):
 def test_eval_of_a_packed_run_is_its_last_validation(shards, tmp_path):
     run = tmp_path / "run"
     arguments = ["train", "--preset", "gdn2-hybrid-tiny", "--run", run, f"data.path={shards}", *TINY]
-    assert call(*arguments, "data.packed=true", "train.tokens=256") == 0
+    assert call(*arguments, "data.packed=true", "train.tokens=256", "train.eval_tokens=9999") == 0
     assert call("eval", run, "--tasks", "perplexity") == 0
     score = json.loads((run / "eval.json").read_text())["perplexity"]
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]

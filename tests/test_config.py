@@ -49,7 +49,7 @@ def refused(assignment: str, message: str) -> None:
             "model.mixer=gdn model.num_value_heads=32",
             "model.num_value_heads is 32; expected null with the mixer gdn; it is an option of gdn2",
         ),
-        ("model.mixer=gdn model.decay_lower_bound=-5.0", "expected null with the mixer gdn; it is an option of"),
+        ("model.mixer=gdn model.decay_lower_bound=-5.0", "expected null with the mixer gdn; it is an option of gdn2,"),
         ("model.mixer=mamba2 model.negative_eigenvalues=true", "expected false with the mixer mamba2"),
         ("model.mixer=mamba3 model.conv_width=3", "model.conv_width is 3; expected 4 with the mixer mamba3"),
         ("model.mimo_rank=4", "model.mimo_rank is 4; expected 1 with the mixer gdn2; it is an option of mamba3"),

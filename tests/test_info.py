@@ -46,6 +46,32 @@ def test_published_memory_is_262144_floats_a_layer() -> None:
     assert describe(config).state_floats == 18 * (262_144 + 3 * 3 * 2_048)  # memory (90) and tails
 
 
+MIXERS = ("gdn2", "kda", "gdn", "deltanet", "mamba2", "mamba3")
+
+
+@pytest.mark.parametrize("mixer", MIXERS)
+def test_every_mixer_counts_its_state_and_memory(mixer: str) -> None:
+    config = replace(SMALL, mixer=mixer, num_value_heads=None, key_dim=4, mimo_rank=3 if mixer == "mamba3" else 1)
+    info, model = describe(config), LanguageModel(config)
+    _, state = model(torch.zeros(1, 3, dtype=torch.int64))
+    assert info.state_floats == sum(t.numel() for layer in state for t in layer if t.is_floating_point())
+    assert info.memory_floats == sum(layer.memory.numel() for layer in state[::2]) == 2 * (2 * 4 * 5)
+
+
+def test_flops_of_the_other_mixers_by_hand() -> None:
+    """Beyond gdn2's: no reading along e without erasing; R writes and reads, and the R x R correction."""
+    small = replace(SMALL, num_layers=1, cell=("mixer",), num_value_heads=None, key_dim=4)
+
+    def linear(config: ModelConfig) -> int:
+        return 2 * sum(m.weight.numel() for m in LanguageModel(config).modules() if isinstance(m, torch.nn.Linear))
+
+    mamba2, siso = replace(small, mixer="mamba2"), replace(small, mixer="mamba3")
+    mimo = replace(siso, mimo_rank=3)
+    assert describe(mamba2).forward_flops - linear(mamba2) == 2 * 4 * (2 * 5 + 2 * 4) + 2 * 5 * 4 * 5
+    assert describe(siso).forward_flops - linear(siso) == 2 * (5 * 4 * 5 + 2 * (4 + 5))
+    assert describe(mimo).forward_flops - linear(mimo) == 2 * (13 * 4 * 5 + 2 * 9 * (4 + 5))
+
+
 def test_full_attention_state_grows_with_the_context() -> None:
     full = replace(SMALL, window=None)
     assert describe(full, 7).state_floats - describe(full, 5).state_floats == 2 * 2 * 2 * 12

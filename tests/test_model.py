@@ -12,6 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import gdn2.model
 from gdn2 import LanguageModel, ModelConfig
 from gdn2.config import RunConfig, to_dict
+from gdn2.layers import RMSNorm
 from gdn2.model import find_checkpoint
 
 SMALL = ModelConfig(
@@ -90,8 +91,22 @@ def test_first_loss_is_that_of_guessing() -> None:
     assert model.loss(tokens, targets).item() == pytest.approx(torch.tensor(1000.0).log().item(), rel=0.01)
 
 
-def test_model_learns_a_sequence_by_heart() -> None:
-    model = small()
+MIXERS: dict[str, dict[str, object]] = {
+    "gdn2": {},
+    "kda": {"mixer": "kda"},
+    "gdn": {"mixer": "gdn"},
+    "deltanet": {"mixer": "deltanet"},
+    "mamba2": {"mixer": "mamba2"},
+    "mamba3": {"mixer": "mamba3"},
+    "mamba3-mimo": {"mixer": "mamba3", "mimo_rank": 4},
+    "transformer": {"cell": ("attention",)},
+    "ablated": {"channel_erase": False, "channel_write": False, "decay_lower_bound": -5.0},
+}
+
+
+@pytest.mark.parametrize("changes", MIXERS.values(), ids=MIXERS.keys())
+def test_model_learns_a_sequence_by_heart(changes: dict[str, object]) -> None:
+    model = small(**changes)
     tokens, targets = text(1, 12)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
     for _ in range(40):
@@ -214,16 +229,40 @@ def save(model: LanguageModel, folder: Path) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("tied", [False, True])
-def test_checkpoint_comes_back_bit_for_bit(tmp_path: Path, tied: bool) -> None:
-    model = small(tie_embeddings=tied)
+@pytest.mark.parametrize("changes", [{"tie_embeddings": True}, *MIXERS.values()], ids=["tied", *MIXERS])
+def test_checkpoint_comes_back_bit_for_bit(tmp_path: Path, changes: dict[str, object]) -> None:
+    model = small(**changes)
     loaded = LanguageModel.from_checkpoint(save(model, tmp_path / "checkpoint"))
     assert loaded.config == model.config
     assert not loaded.training
     for (name, a), (_, b) in zip(loaded.named_parameters(), model.named_parameters(), strict=True):
         assert torch.equal(a, b), name
         assert a.requires_grad
-    assert loaded.blocks[0].mixer.gates.decay.rate.no_weight_decay
+        assert hasattr(a, "no_weight_decay") == hasattr(b, "no_weight_decay"), name
+
+
+@pytest.mark.parametrize("name", MIXERS)
+def test_mixer_of_a_block_is_the_one_that_was_asked_for_with_its_options(name: str) -> None:
+    mixer = small(**MIXERS[name], norm_eps=1e-3).blocks[0].mixer
+    kinds = {"gdn2": "GatedDeltaNet2", "kda": "KimiDeltaAttention", "gdn": "GatedDeltaNet", "deltanet": "DeltaNet",
+             "mamba2": "Mamba2", "mamba3": "Mamba3", "mamba3-mimo": "Mamba3", "ablated": "GatedDeltaNet2",
+             "transformer": "SlidingWindowAttention"}  # fmt: skip
+    assert type(mixer).__name__ == kinds[name]
+    for norm in (m for m in mixer.modules() if isinstance(m, RMSNorm)):
+        assert norm.eps == 1e-3
+    if "mamba3" in name:
+        assert mixer.rank == (4 if "mimo" in name else 1)
+    if name == "ablated":
+        gates = mixer.gates
+        assert (gates.channel_erase, gates.channel_write, gates.decay.lower_bound) == (False, False, -5.0)
+
+
+def test_options_reach_the_mixer_and_the_attention() -> None:
+    kda = small(mixer="kda", negative_eigenvalues=True, decay_lower_bound=-2.0, conv_width=3).blocks[0].mixer
+    assert (kda.gates.largest_erase, kda.gates.decay.lower_bound, kda.conv_width) == (2.0, -2.0, 3)
+    assert small(mixer="mamba3", rope_fraction=1.0).blocks[0].mixer.pairs == 2
+    attention = small(rope_base=7.0, rope_scaling="yarn", rope_factor=4.0, rope_length=99).blocks[1].mixer
+    assert attention.rope == (7.0, "yarn", 4.0, 99)
 
 
 def test_a_run_folder_gives_its_newest_checkpoint(tmp_path: Path) -> None:

@@ -312,7 +312,7 @@ def generate(
 
 @app.command()
 def info(
-    model: Annotated[str, typer.Argument(metavar="PRESET|RUN", help="A preset's name, or the folder of a run.")],
+    model: Annotated[str, typer.Argument(metavar="PRESET|RUN", help="A preset (see `gdn2 train --keys`), or a run.")],
     context: Annotated[int, typer.Option(help="Tokens of the sequence that the figures are for.")] = 4_096,
 ) -> None:
     """Show what a model costs. That is its parameters, state, arithmetic and memory.

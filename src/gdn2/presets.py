@@ -76,6 +76,13 @@ def preset_names() -> list[str]:
     return list(_MODELS)
 
 
+def of_same_size(name: str) -> dict[str, ModelConfig]:
+    """All presets of the size of the named one, by name. ConfigError for a name that is not in the table."""
+    preset(name)
+    size = name.rsplit("-", 1)[1]
+    return {other: config for other, config in _MODELS.items() if other.endswith(f"-{size}")}
+
+
 def preset(name: str) -> ModelConfig:
     """The configuration of a named model. ConfigError, a ValueError, for a name that is not in the table."""
     if name not in _MODELS:

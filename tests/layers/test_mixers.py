@@ -83,8 +83,10 @@ def test_state_is_that_of_the_first_call_and_left_out_on_request(mixer: nn.Modul
 
 
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # torch.compile's own look
-def test_whole_graph_compiles(mixer: nn.Module) -> None:
-    x = torch.randn(1, 9, 32)
+@pytest.mark.parametrize("name", ["kda", "mamba2", "mamba3-mimo"])
+def test_whole_graph_compiles(name: str) -> None:
+    torch.manual_seed(0)
+    mixer, x = MIXERS[name](), torch.randn(1, 9, 32)
     compiled = torch.compile(mixer, fullgraph=True, backend="aot_eager")
     for cu_seqlens in (None, torch.tensor([0, 2, 2, 9])):
         state = mixer.initial_state(1 if cu_seqlens is None else 3)

@@ -9,11 +9,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from gdn2.config import RunConfig
+from gdn2.config import ModelConfig, RunConfig
 from gdn2.data import Shards, TokenBatches
 from gdn2.data.shards import Batch
 from gdn2.layers import GatedDeltaNet2
-from gdn2.layers.gates import ChannelGates
+from gdn2.layers.gates import ChannelGates, TiedGates
 from gdn2.model import LanguageModel
 from gdn2.training.metrics import (
     Display,
@@ -79,6 +79,23 @@ def test_layer_statistics_are_those_of_the_gates(model: LanguageModel) -> None:
         assert row["state_rms"] == pytest.approx(float(state.memory.square().mean().sqrt()))
         assert row["state_rms"] > 0
     assert not any(m._forward_hooks for m in model.modules())
+
+
+@pytest.mark.parametrize("mixer", ["kda", "deltanet", "mamba2"])
+def test_layer_statistics_of_the_other_mixers(mixer: str) -> None:
+    """One beta erases and writes, doubled alike; no decay counts as one that keeps everything; Mamba has no gates."""
+    negative = mixer != "mamba2"
+    small = {"num_layers": 2, "num_heads": 1, "key_dim": 4, "value_dim": 4, "d_model": 8, "mlp_width": 8}
+    model = LanguageModel(ModelConfig(vocab_size=9, mixer=mixer, negative_eigenvalues=negative, **small))
+    tokens = torch.randint(9, (2, 12))
+    for gates in (m for m in model.modules() if isinstance(m, TiedGates)):
+        torch.nn.init.zeros_(gates.beta.weight)
+    rows = layer_statistics(model, Batch(tokens, tokens, None))
+    assert len(rows) == (2 if negative else 0)
+    for row in rows:
+        assert row["mean_erase"] == row["mean_write"] == 1
+        assert row["saturated_erase"] == row["saturated_write"] == 0
+        assert (row["mean_decay"] == 1) == (mixer == "deltanet")
 
 
 def test_saturation_is_counted_on_either_end_and_doubled_gates_by_their_range() -> None:

@@ -65,12 +65,12 @@ class Gates(nn.Module):
     """What a delta mixer's memory forgets, erases and writes: a function of its input.
 
     forward: [B, T, d_model] -> log-decay [B, T, H, K or 1], or None; erase [B, T, H, K or 1] in [0, largest_erase];
-    write [B, T, HV, V or 1]. A gate with one channel is shared by all of its head's.
+    write [B, T, HV, V or 1] in [0, largest_write]. A gate with one channel is shared by all of its head's.
     """
 
-    def __init__(self, negative_eigenvalues: bool) -> None:
+    def __init__(self, largest_erase: float, largest_write: float) -> None:
         super().__init__()
-        self.largest_erase = 2.0 if negative_eigenvalues else 1.0
+        self.largest_erase, self.largest_write = largest_erase, largest_write
 
 
 class TiedGates(Gates):
@@ -83,7 +83,8 @@ class TiedGates(Gates):
     def __init__(
         self, d_model: int, num_heads: int, decay: DecayGate | None, negative_eigenvalues: bool = False
     ) -> None:
-        super().__init__(negative_eigenvalues)
+        largest = 2.0 if negative_eigenvalues else 1.0
+        super().__init__(largest, largest)
         self.decay = decay
         self.beta = Linear(d_model, num_heads, bias=False)
 
@@ -112,7 +113,7 @@ class ChannelGates(Gates):
         channel_write: bool = True,
         decay_lower_bound: float | None = None,
     ) -> None:
-        super().__init__(negative_eigenvalues)
+        super().__init__(2.0 if negative_eigenvalues else 1.0, 1.0)
         self.key_shape, self.value_shape = (num_heads, key_dim), (num_value_heads, value_dim)
         self.channel_erase, self.channel_write = channel_erase, channel_write
         self.plain = channel_erase and channel_write and decay_lower_bound is None

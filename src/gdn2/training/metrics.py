@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from gdn2.data.shards import IGNORE, Batch, TokenBatches
-from gdn2.layers.gates import ChannelGates
+from gdn2.layers.gates import Gates
 from gdn2.layers.state import DeltaState
 from gdn2.model import LanguageModel
 
@@ -56,20 +56,20 @@ def validate(
 
 @torch.no_grad()
 def layer_statistics(model: nn.Module, batch: Batch) -> list[Row]:
-    """For each gated mixer, first to last: means of erase, write and decay exp(g), the share of erase and write gates
-    within 0.01 of an end of their range, and the root mean square of the memory after the batch."""
+    """For each mixer of a delta rule, first to last: means of erase, write and decay exp(g), the share of erase and
+    write gates within 0.01 of an end of their range, and the root mean square of the memory after the batch."""
     seen: list[Row] = []
 
-    def watch(gates: nn.Module, _: Any, output: tuple[Tensor, Tensor, Tensor]) -> None:
+    def watch(gates: nn.Module, _: Any, output: tuple[Tensor | None, Tensor, Tensor]) -> None:
         log_decay, erase, write = output
-        assert isinstance(gates, ChannelGates)
-        share = (erase / gates.largest_erase, write)
+        assert isinstance(gates, Gates)
+        share = (erase / gates.largest_erase, write / gates.largest_write)
         ends = [((g < SATURATED) | (g > 1 - SATURATED)).float().mean() for g in share]
         seen.append(
             {
                 "mean_erase": float(erase.float().mean()),
                 "mean_write": float(write.float().mean()),
-                "mean_decay": float(log_decay.float().exp().mean()),
+                "mean_decay": 1.0 if log_decay is None else float(log_decay.float().exp().mean()),
                 "saturated_erase": float(ends[0]),
                 "saturated_write": float(ends[1]),
             }
@@ -77,7 +77,7 @@ def layer_statistics(model: nn.Module, batch: Batch) -> list[Row]:
 
     with ExitStack() as hooks:
         for module in model.modules():
-            if isinstance(module, ChannelGates):
+            if isinstance(module, Gates):
                 hooks.callback(module.register_forward_hook(watch).remove)
         _, states = model(batch.tokens, cu_seqlens=batch.cu_seqlens)
     memories = [s.memory for s in states if isinstance(s, DeltaState)]
@@ -148,12 +148,10 @@ class Display:
             from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
             from rich.table import Column
 
-            def whole() -> Column:  # on a narrow terminal the bar alone gives way
-                return Column(no_wrap=True)
-
-            note = TextColumn("{task.fields[note]}", table_column=whole())
-            left = TimeRemainingColumn(elapsed_when_finished=True, table_column=whole())
-            columns = (BarColumn(), MofNCompleteColumn(table_column=whole()), note, TextColumn("ETA"), left)
+            # On a narrow terminal the bar alone gives way; TextColumn never wraps.
+            count = MofNCompleteColumn(table_column=Column(no_wrap=True))
+            left = TimeRemainingColumn(elapsed_when_finished=True, table_column=Column(no_wrap=True))
+            columns = (BarColumn(), count, TextColumn("{task.fields[note]}"), TextColumn("ETA"), left)
             self._bar = Progress(*columns, console=Console(file=self._stream, highlight=False))
             self._task = self._bar.add_task("train", total=steps, completed=step, note="")
 
