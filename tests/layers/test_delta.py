@@ -68,6 +68,7 @@ def test_ablated_gate_erases_and_writes_with_its_mean(ablated: tuple[str, ...]) 
         return log_decay, erase, means["write"].expand_as(write) if "write" in ablated else write
 
     whole.gates.forward = averaged  # type: ignore[method-assign]
+    whole.gates.plain = False  # so that the layer asks its gates, not their projections
     x = torch.randn(2, 70, 8, dtype=torch.float64, requires_grad=True)
     got, expected = layer(x)[0], whole(x)[0]
     torch.testing.assert_close(got, expected, rtol=1e-11, atol=1e-11)  # float64, reordered sums

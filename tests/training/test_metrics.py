@@ -78,7 +78,7 @@ def test_layer_statistics_are_those_of_the_gates(model: LanguageModel) -> None:
         assert (row["saturated_erase"], row["saturated_write"]) == (0.0, 0.0)
         assert row["state_rms"] == pytest.approx(float(state.memory.square().mean().sqrt()))
         assert row["state_rms"] > 0
-    assert not any(m._forward_hooks for m in model.modules())
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
 
 
 @pytest.mark.parametrize("mixer", ["kda", "deltanet", "mamba2"])
@@ -104,16 +104,17 @@ def test_saturation_is_counted_on_either_end_and_doubled_gates_by_their_range() 
     class Fixed(torch.nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.gates = ChannelGates(4, 1, 1, 4, 4, negative_eigenvalues=True)
-            self.gates.forward = lambda x: (torch.zeros(4), torch.tensor([0.001, 1.0, 1.999, 1.0]), torch.ones(4))  # type: ignore[method-assign]
+            self.mixer = GatedDeltaNet2(4, 1, key_dim=4, value_dim=4, negative_eigenvalues=True)
+            fixed = torch.zeros(4), torch.tensor([0.001, 1.0, 1.999, 1.0]), torch.ones(4)
+            self.mixer.gates.forward = lambda x: fixed  # type: ignore[method-assign]
 
         def forward(self, tokens: torch.Tensor, cu_seqlens: None) -> tuple[None, tuple[object, ...]]:
-            self.gates(tokens)
-            state = metrics.DeltaState(tokens, tokens, tokens, torch.full((1, 1, 2, 2), 3.0))
-            return None, (state,)
+            _, state = self.mixer(torch.zeros(1, 1, 4))
+            assert state is not None
+            return None, (state._replace(memory=torch.full((1, 1, 2, 2), 3.0)),)
 
     tokens = torch.zeros(1, 1)
-    (row,) = layer_statistics(Fixed(), Batch(tokens, tokens, None))
+    (row,) = metrics.layer_statistics(Fixed(), Batch(tokens, tokens, None))
     assert (row["saturated_erase"], row["saturated_write"]) == (0.5, 1.0)
     assert row["state_rms"] == 3.0
 

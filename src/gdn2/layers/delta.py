@@ -9,6 +9,7 @@ from gdn2.layers.norm import GatedRMSNorm, l2_norm
 from gdn2.layers.state import DeltaState, count_sequences
 from gdn2.ops import gated_delta_rule_2
 from gdn2.ops.fused import fused
+from gdn2.ops.projected import rule_from_projections
 from gdn2.ops.short_conv import short_conv
 
 
@@ -113,18 +114,20 @@ class DeltaMixer(nn.Module):
         q, conv_q = short_conv(self.q_proj(x), self.conv_q, tails[0], cu_seqlens, output_state)
         k, conv_k = short_conv(self.k_proj(x), self.conv_k, tails[1], cu_seqlens, output_state)
         v, conv_v = short_conv(self.v_proj(x), self.conv_v, tails[2], cu_seqlens, output_state)
-        log_decay, erase, write = self.gates(x)
-        o, memory = gated_delta_rule_2(
-            l2_norm(q.unflatten(-1, (self.num_heads, self.key_dim))),
-            l2_norm(k.unflatten(-1, (self.num_heads, self.key_dim))),
-            v.unflatten(-1, (self.num_value_heads, self.value_dim)),
-            log_decay,
-            erase,
-            write,
-            initial_state=None if state is None else state.memory,
-            output_final_state=output_state,
-            cu_seqlens=cu_seqlens,
-        )
+        q, k = (y.unflatten(-1, (self.num_heads, self.key_dim)) for y in (q, k))
+        v = v.unflatten(-1, (self.num_value_heads, self.value_dim))
+        initial_state = None if state is None else state.memory
+        if self.gates.plain:
+            o, memory = rule_from_projections(
+                q, k, v, *self.gates.project(x), *self.gates.decay_parameters(),
+                largest_erase=self.gates.largest_erase, largest_write=self.gates.largest_write,
+                initial_state=initial_state, output_final_state=output_state, cu_seqlens=cu_seqlens,
+            )  # fmt: skip
+        else:
+            o, memory = gated_delta_rule_2(
+                l2_norm(q), l2_norm(k), v, *self.gates(x), initial_state=initial_state,
+                output_final_state=output_state, cu_seqlens=cu_seqlens,
+            )  # fmt: skip
         y = self.out_proj(self.read_out(o, x).flatten(-2))
         if conv_q is None or conv_k is None or conv_v is None or memory is None:
             return y, None
@@ -196,7 +199,7 @@ class GatedDeltaNet2(DeltaMixer):
 
         gates, decay = self.gates, self.gates.decay
         projected = self.q_proj(x), self.k_proj(x), self.v_proj(x), *gates.project(x), self.output_gate(x)
-        token = decode.Token(*(p.squeeze(1) for p in projected))
+        token = decode.Token(*(p.flatten(1) for p in projected))
         weights = decode.Weights(self.conv_q, self.conv_k, self.conv_v, decay.rate, decay.delta, self.norm.weight)
         conv_q, conv_k, conv_v = (tail.to(p.dtype) for tail, p in zip(state[:3], token))
         y, after = decode.decode(

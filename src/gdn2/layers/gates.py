@@ -6,7 +6,7 @@ from torch import Tensor, nn
 
 from gdn2.layers.decay import Float32Parameters, init_rate, init_step
 from gdn2.layers.linear import Linear, low_rank
-from gdn2.ops.fused import fused
+from gdn2.ops.projected import log_decay_of
 
 
 class DecayGate(Float32Parameters):
@@ -53,12 +53,18 @@ class DecayGate(Float32Parameters):
         """[B, T, d_model] -> log-decay [B, T, H, K] <= 0, float32 (float64 in a float64 model)."""
         return self.activate(self.projection(x))
 
+    def project(self, x: Tensor) -> Tensor:
+        """f [B, T, H, K]."""
+        f: Tensor = self.projection(x)
+        return f.unflatten(-1, (self.num_heads, self.key_dim))
+
     def activate(self, f: Tensor) -> Tensor:
         """The log-decay of projected f [B, T, H * K]."""
-        f, rate = (f.to(self.delta.dtype) + self.delta).unflatten(-1, (self.num_heads, self.key_dim)), self.rate.exp()
-        if self.lower_bound is not None:
-            return self.lower_bound * torch.sigmoid(rate[:, None] * f)
-        return -rate[:, None] * F.softplus(f)
+        f = f.unflatten(-1, (self.num_heads, self.key_dim))
+        if self.lower_bound is None:
+            return log_decay_of(f, self.rate, self.delta)
+        f = f.to(self.delta.dtype) + self.delta.view(self.num_heads, self.key_dim)
+        return self.lower_bound * torch.sigmoid(self.rate.exp()[:, None] * f)
 
 
 class Gates(nn.Module):
@@ -66,11 +72,28 @@ class Gates(nn.Module):
 
     forward: [B, T, d_model] -> log-decay [B, T, H, K or 1], or None; erase [B, T, H, K or 1] in [0, largest_erase];
     write [B, T, HV, V or 1] in [0, largest_write]. A gate with one channel is shared by all of its head's.
+
+    project: the same tensors before their activation. `plain` tells that the activation is that of
+    `rule_from_projections`, with `decay_parameters`.
     """
 
-    def __init__(self, largest_erase: float, largest_write: float) -> None:
+    decay: DecayGate | None
+
+    def __init__(self, largest_erase: float, largest_write: float, plain: bool) -> None:
         super().__init__()
-        self.largest_erase, self.largest_write = largest_erase, largest_write
+        self.largest_erase, self.largest_write, self.plain = largest_erase, largest_write, plain
+
+    def project(self, x: Tensor) -> tuple[Tensor | None, Tensor, Tensor]:
+        raise NotImplementedError
+
+    def decay_parameters(self) -> tuple[Tensor | None, Tensor | None]:
+        """rate [H] and delta [H * K or H], Nones without decay."""
+        return (None, None) if self.decay is None else (self.decay.rate, self.decay.delta)
+
+    def forward(self, x: Tensor) -> tuple[Tensor | None, Tensor, Tensor]:
+        f, b, w = self.project(x)
+        log_decay = None if self.decay is None or f is None else self.decay.activate(f.flatten(-2))
+        return log_decay, self.largest_erase * torch.sigmoid(b), self.largest_write * torch.sigmoid(w)
 
 
 class TiedGates(Gates):
@@ -84,13 +107,13 @@ class TiedGates(Gates):
         self, d_model: int, num_heads: int, decay: DecayGate | None, negative_eigenvalues: bool = False
     ) -> None:
         largest = 2.0 if negative_eigenvalues else 1.0
-        super().__init__(largest, largest)
+        super().__init__(largest, largest, plain=decay is None or decay.lower_bound is None)
         self.decay = decay
         self.beta = Linear(d_model, num_heads, bias=False)
 
-    def forward(self, x: Tensor) -> tuple[Tensor | None, Tensor, Tensor]:
-        beta = self.largest_erase * torch.sigmoid(self.beta(x)).unsqueeze(-1)
-        return None if self.decay is None else self.decay(x), beta, beta
+    def project(self, x: Tensor) -> tuple[Tensor | None, Tensor, Tensor]:
+        beta = self.beta(x).unsqueeze(-1)
+        return None if self.decay is None else self.decay.project(x), beta, beta
 
 
 class ChannelGates(Gates):
@@ -98,8 +121,10 @@ class ChannelGates(Gates):
 
     erase b = sigmoid(W_b x), doubled when negative eigenvalues are allowed; write w = sigmoid(W_w x). Without
     `channel_erase` or `channel_write` that gate is averaged over its head's channels: the ablations of Table 5, with
-    as many parameters. `plain` tells that neither these nor a lower bound of the decay change the gates.
+    as many parameters.
     """
+
+    decay: DecayGate
 
     def __init__(
         self,
@@ -113,31 +138,22 @@ class ChannelGates(Gates):
         channel_write: bool = True,
         decay_lower_bound: float | None = None,
     ) -> None:
-        super().__init__(2.0 if negative_eigenvalues else 1.0, 1.0)
+        plain = channel_erase and channel_write and decay_lower_bound is None
+        super().__init__(2.0 if negative_eigenvalues else 1.0, 1.0, plain)
         self.key_shape, self.value_shape = (num_heads, key_dim), (num_value_heads, value_dim)
         self.channel_erase, self.channel_write = channel_erase, channel_write
-        self.plain = channel_erase and channel_write and decay_lower_bound is None
         self.decay = DecayGate(d_model, num_heads, key_dim, rank=value_dim, lower_bound=decay_lower_bound)
         self.erase = Linear(d_model, num_heads * key_dim, bias=False)
         self.write = Linear(d_model, num_value_heads * value_dim, bias=False)
 
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """[B, T, d_model] -> log-decay [B, T, H, K] float32, erase [B, T, H, K], write [B, T, HV, V]; see the class."""
-        f, b, w = self.project(x)
-        if fused(f) and self.decay.lower_bound is None:
-            from gdn2.ops.kernels.activation import gates
+    def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        erase, write = self.erase(x).unflatten(-1, self.key_shape), self.write(x).unflatten(-1, self.value_shape)
+        return self.decay.project(x), erase, write
 
-            log_decay, erase, write = gates(f, b, w, self.decay.rate, self.decay.delta, self.largest_erase)
-            log_decay = log_decay.unflatten(-1, self.key_shape)
-        else:
-            log_decay, erase, write = self.decay.activate(f), self.largest_erase * torch.sigmoid(b), torch.sigmoid(w)
-        erase, write = erase.unflatten(-1, self.key_shape), write.unflatten(-1, self.value_shape)
+    def forward(self, x: Tensor) -> tuple[Tensor | None, Tensor, Tensor]:
+        log_decay, erase, write = super().forward(x)
         if not self.channel_erase:
             erase = erase.mean(-1, keepdim=True)
         if not self.channel_write:
             write = write.mean(-1, keepdim=True)
         return log_decay, erase, write
-
-    def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """[B, T, d_model] -> the pre-activations of decay and erase [B, T, H * K] and of write [B, T, HV * V]."""
-        return self.decay.projection(x), self.erase(x), self.write(x)

@@ -6,6 +6,7 @@ from torch import Tensor, nn
 
 from gdn2.layers.linear import at_least_float32
 from gdn2.ops.fused import fused
+from gdn2.ops.projected import unit_length
 
 
 class RMSNorm(nn.Module):
@@ -48,10 +49,9 @@ class SigmoidGatedRMSNorm(RMSNorm):
 
 
 def l2_norm(x: Tensor, eps: float = 1e-6) -> Tensor:
-    """x over its length along the last axis. With eps under the root, a zero vector and its gradient stay finite."""
+    """`unit_length`, fused where operations are."""
     if fused(x):
         from gdn2.ops.kernels import norm
 
         return norm.l2_norm(x, eps)
-    wide = at_least_float32(x)
-    return (wide * torch.rsqrt(wide.square().sum(-1, keepdim=True) + eps)).to(x.dtype)
+    return unit_length(x, eps)

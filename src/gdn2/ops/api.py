@@ -43,20 +43,27 @@ def operator(
     if backend not in BACKENDS:
         raise ValueError(f"backend is {backend!r}; expected one of {', '.join(BACKENDS)}")
     if backend == "auto":
-        backend = "torch" if v.device.type != "cuda" or _without_kernels(k, v) is not None else "triton"
+        backend = "torch" if v.device.type != "cuda" or without_kernels(k, v) is not None else "triton"
         _announce(f"backend 'auto' on {v.device.type}: {backend}")
     scale = k.shape[-1] ** -0.5 if scale is None else scale
     if backend == "reference":
         o, state = _reference(q, k, v, log_decay, erase, write, scale, initial_state, cu_seqlens)
     else:
         inputs = (q, k, v, log_decay, erase, write, initial_state)
-        save = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs)
-        op = library.chunk if backend == "torch" else _kernels(k, v)
-        o, state, *_ = op(*inputs, cu_seqlens, scale, save)
+        if backend == "torch":
+            o, state, *_ = library.chunk(*inputs, cu_seqlens, scale, wants_gradient(*inputs))
+        else:
+            o, state, _ = kernels(k, v)(
+                *inputs, None, None, cu_seqlens, scale, 1.0, 1.0, False, wants_gradient(*inputs)
+            )
     return o, state if output_final_state else None
 
 
-def _without_kernels(k: Tensor, v: Tensor) -> str | None:
+def wants_gradient(*tensors: Tensor | None) -> bool:
+    return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
+
+
+def without_kernels(k: Tensor, v: Tensor) -> str | None:
     """Why the Triton kernels cannot run here; None if they can."""
     if not TRITON:
         return "need the package triton, which is not installed"
@@ -65,8 +72,9 @@ def _without_kernels(k: Tensor, v: Tensor) -> str | None:
     return obstacle(v, k.shape[-1])
 
 
-def _kernels(k: Tensor, v: Tensor) -> Callable[..., tuple[Tensor, ...]]:
-    reason = _without_kernels(k, v)
+def kernels(k: Tensor, v: Tensor) -> Callable[..., tuple[Tensor, ...]]:
+    """The operator's kernels, `ops.kernels.library.forward`. ValueError where they cannot run."""
+    reason = without_kernels(k, v)
     if reason is not None:
         raise ValueError(f"backend is 'triton', whose kernels {reason}; expected 'auto' or 'torch' here")
     from gdn2.ops.kernels.library import forward

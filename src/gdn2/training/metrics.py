@@ -10,9 +10,10 @@ from types import TracebackType
 from typing import IO, Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from gdn2.data.shards import IGNORE, Batch, TokenBatches
+from gdn2.layers.delta import DeltaMixer
 from gdn2.layers.gates import Gates
 from gdn2.layers.state import DeltaState
 from gdn2.model import LanguageModel
@@ -60,9 +61,10 @@ def layer_statistics(model: nn.Module, batch: Batch) -> list[Row]:
     write gates within 0.01 of an end of their range, and the root mean square of the memory after the batch."""
     seen: list[Row] = []
 
-    def watch(gates: nn.Module, _: Any, output: tuple[Tensor | None, Tensor, Tensor]) -> None:
-        log_decay, erase, write = output
+    def watch(mixer: nn.Module, inputs: tuple[Any, ...]) -> None:
+        gates = mixer.gates
         assert isinstance(gates, Gates)
+        log_decay, erase, write = gates(inputs[0])
         share = (erase / gates.largest_erase, write / gates.largest_write)
         ends = [((g < SATURATED) | (g > 1 - SATURATED)).float().mean() for g in share]
         seen.append(
@@ -77,8 +79,8 @@ def layer_statistics(model: nn.Module, batch: Batch) -> list[Row]:
 
     with ExitStack() as hooks:
         for module in model.modules():
-            if isinstance(module, Gates):
-                hooks.callback(module.register_forward_hook(watch).remove)
+            if isinstance(module, DeltaMixer):
+                hooks.callback(module.register_forward_pre_hook(watch).remove)
         _, states = model(batch.tokens, cu_seqlens=batch.cu_seqlens)
     memories = [s.memory for s in states if isinstance(s, DeltaState)]
     return [row | {"state_rms": float(m.float().square().mean().sqrt())} for row, m in zip(seen, memories, strict=True)]

@@ -7,8 +7,8 @@ import sys
 import torch
 
 KERNELS = {
-    "activate", "activate_back", "carry_tail", "convolve", "convolve_back", "locate_tokens", "normalize",
-    "normalize_back", "prepare_token", "recur_token", "tail_back",
+    "carry_tail", "convolve", "convolve_back", "key_gradients", "locate_tokens", "normalize", "normalize_back",
+    "prepare_chunks", "prepare_token", "recur_token", "scan_back", "scan_chunks", "tail_back", "value_gradients",
 }  # fmt: skip
 
 
@@ -18,11 +18,11 @@ def main() -> None:
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    from gdn2.ops.kernels import activation, conv, decode, norm
+    from gdn2.ops.kernels import conv, decode, launch, norm
 
     kinds = {
         torch.bfloat16: "*bf16", torch.float32: "*fp32", torch.int32: "*i32", torch.int64: "*i64",
-        int: "i32", float: "fp32", type(None): "constexpr",
+        torch.int8: "*i8", int: "i32", float: "fp32", type(None): "constexpr",
     }  # fmt: skip
     done = set()
 
@@ -34,7 +34,7 @@ def main() -> None:
         triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": warps, "num_stages": stages})
         done.add(kernel.fn.__name__)
 
-    for module in (activation, conv, decode, norm):
+    for module in (conv, decode, launch, norm):
         module.run = compile_only
 
     def leaf(*shape, dtype=torch.bfloat16):
@@ -48,11 +48,14 @@ def main() -> None:
     x, weight, tail = leaf(1, T, keys), leaf(keys, 4, dtype=torch.float32), leaf(2, 3, keys)
     differentiate(conv.short_conv(x, weight, tail, torch.tensor([0, 5, T]), True), x, weight, tail)
     differentiate(conv.short_conv(x, weight, None, None, False)[:1], x, weight)
+    by_key, by_value = torch.zeros(1, T, H, K, dtype=torch.bfloat16), torch.zeros(1, T, HV, V, dtype=torch.bfloat16)
+    operands = by_key, by_key, by_value, by_key, by_key, by_value
+    activation = launch.Activation(torch.zeros(H), torch.zeros(keys), 1.0, 1.0)
+    o, _, kept = launch.forward(*operands, 1.0, None, None, True, True, activation)
+    launch.backward(o, None, *operands, 1.0, None, None, kept, activation, o)
     o, gate, scale = leaf(T, V), leaf(T, V), leaf(V, dtype=torch.float32)
     differentiate([norm.rms_norm(o, scale, 1e-5, gate)], o, scale, gate)
     differentiate([norm.l2_norm(o, 1e-6)], o)
-    pre, parameters = (leaf(T, keys), leaf(T, keys), leaf(T, values)), (leaf(H, dtype=torch.float32), weight[:, 0])
-    differentiate(activation.gates(*pre, *parameters, 1.0), *pre, *parameters)
     widths = (keys, keys, values, keys, keys, values, values)
     token = decode.Token(*(torch.zeros(3, n, dtype=torch.bfloat16) for n in widths))
     taps = [torch.zeros(n, 4) for n in widths[:3]]

@@ -17,16 +17,21 @@ def operands(**options):
     return x
 
 
-def arguments(x, cu_seqlens=None, save=True):
-    return x.q, x.k, x.v, x.log_decay, x.erase, x.write, x.initial_state, cu_seqlens, 0.5, save
+def arguments(x, cu_seqlens=None, save=True, projected=False):
+    gates = x.log_decay, x.erase, x.write
+    rate, delta = (torch.ones(n, device=DEVICE, requires_grad=True) if projected else None for n in (1, 16))
+    return x.q, x.k, x.v, *gates, x.initial_state, rate, delta, cu_seqlens, 0.5, 2.0, 1.0, projected, save
 
 
-@pytest.mark.parametrize("missing", [(), ("erase",), ("log_decay", "erase", "write", "initial_state")])
-def test_opcheck_passes(missing):
+@pytest.mark.parametrize(
+    ("missing", "projected"),
+    [((), False), (("erase",), False), (("log_decay", "erase", "write", "initial_state"), False), ((), True)],
+)
+def test_opcheck_passes(missing, projected):
     x = operands()
     for name in missing:
         setattr(x, name, None)
-    torch.library.opcheck(library.forward, arguments(x))
+    torch.library.opcheck(library.forward, arguments(x, projected=projected))
 
 
 def test_fake_knows_the_shapes_of_packed_sequences():

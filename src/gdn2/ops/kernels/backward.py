@@ -4,13 +4,17 @@ With dS' the gradient of the state after a chunk, equations (53-72) reduce to
 
     X = K_tail dS'      dS = gamma_C * dS' + P^T dO - Y^T X                                        (scan)
     dR = A_qk^T dO + X      dZ = A^T dR      dV = w * dZ      dW = v * dZ                          (54, 57, 64, 73-74)
-    dA_qk = tril(dO R^T)    dT = -tril(dZ R^T, -1)      (= -tril(A^T dA A^T), since A^T dA A^T = dZ R^T)   (53, 66)
+    dA_qk = tril(dO R^T)    -dT = tril(dZ R^T, -1)      (= tril(A^T dA A^T), since A^T dA A^T = dZ R^T)    (53, 66)
     dQ = gamma * (dO S^T) + ratios of dA_qk with k      dE = -gamma * (dZ S^T) + ratios of dT with k
     dK' = gamma_C/gamma * (R dS'^T) + ratios of dA_qk^T with q and of dT^T with e                  (55-72)
     dG_r = q dQ + e dE - k dK'    dg_i = sum_{r >= i} dG_r + gamma_C rowsum(dS' * S) + sum_r k_r dK_tail_r   (76-82)
 
 where "ratios of M with k" is, per channel, sum_s M_rs gamma_r/gamma_s k_s. The pair r = s carries no decay: it is left
 out of dG, where it would cancel, and added to dQ and dK' afterwards. Shapes and constants are those of `forward.py`.
+
+With ACT the gradients are those of what the layer projected. The norms of q and k need <q, dq> and <k, dk> of each row.
+The output is linear in q, so <q, dq> = <o, dO>; the state after a token is linear in k for a given r = z - R, and r is
+linear in e, so <k, dk> = <R, dZ> - <Z - R, dZ>: sums over value channels, which `value_gradients` has at hand.
 """
 
 # mypy: disable-error-code="no-untyped-def"
@@ -18,7 +22,16 @@ out of dG, where it would cancel, and added to dQ and dK' afterwards. Shapes and
 import triton
 import triton.language as tl
 
+from gdn2.ops.kernels.inputs import (
+    decay_gradient,
+    decay_tile,
+    inverse_length,
+    opened,
+    opened_gradient,
+)
+from gdn2.ops.kernels.maths import exp, exp_anew, inverse_exp_anew, settled
 from gdn2.ops.kernels.tiles import (
+    add_up,
     block_sums,
     from_middle,
     gate_tile,
@@ -49,7 +62,7 @@ def scan_back(
     head = value_head // (HV // H)
     rows, keys = tl.arange(0, C), tl.arange(0, KP)
     cols = (tl.program_id(0) % PARTS) * BV + tl.arange(0, BV)
-    state = (sequence.to(tl.int64) * HV + value_head) * K * V + offsets(keys, cols, V)
+    first_state, state = (sequence.to(tl.int64) * HV + value_head) * K * V, offsets(keys, cols, V)
     inside = (keys[:, None] < K) & (cols[None, :] < V)
     start, end = tl.load(start_ptr + sequence), tl.load(start_ptr + sequence + 1)
     first, last = tl.load(first_chunk_ptr + sequence), tl.load(first_chunk_ptr + sequence + 1)
@@ -57,145 +70,161 @@ def scan_back(
 
     dS = tl.zeros((KP, BV), tl.float32)
     if LAST:
-        dS += tl.load(dS_last_ptr + state, mask=inside, other=0.0)
+        dS += tl.load((dS_last_ptr + first_state) + state, mask=inside, other=0.0)
     for step in tl.range(0, last - first, num_stages=STAGES):
         chunk = last.to(tl.int64) - 1 - step
         key_unit, value_unit = chunk * H + head, chunk * HV + value_head
         token = start + (chunk - first) * C
-        P = tl.load(P_ptr + key_unit * C * KP + by_key)
-        K_tail = tl.load(K_tail_ptr + key_unit * C * KP + by_key)
+        P = tl.load((P_ptr + key_unit * C * KP) + by_key)
+        K_tail = tl.load((K_tail_ptr + key_unit * C * KP) + by_key)
         gamma = tl.load(gamma_ptr + key_unit * KP + keys)
         do = token_tile(do_ptr, token, rows, end - token, value_head, HV, V, cols)
         after = tl.load(after_ptr + key_unit * KP + keys)
-        tl.store(dS_ptr + value_unit * KP * VP + by_state, (dS * after[:, None]).to(DT))
+        tl.store((dS_ptr + value_unit * KP * VP) + by_state, (dS * after[:, None]).to(DT))
         dS_low = dS.to(DT)
         X = product(K_tail, dS_low, DT, PREC).to(DT)
-        tl.store(X_ptr + value_unit * C * VP + by_value, X)
+        tl.store((X_ptr + value_unit * C * VP) + by_value, X)
         dS = dS * gamma[:, None] + product(tl.trans(P), do, DT, PREC)
         if ERASE:
-            Y = tl.load(Y_ptr + key_unit * C * KP + by_key)
+            Y = tl.load((Y_ptr + key_unit * C * KP) + by_key)
             dS -= product(tl.trans(Y), X, DT, PREC)
     if FIRST:
-        tl.store(dS_first_ptr + state, dS, mask=inside)
+        tl.store((dS_first_ptr + first_state) + state, dS, mask=inside)
 
 
 @triton.jit
 def value_gradients(
-    v_ptr, w_ptr, do_ptr, X_ptr, R_ptr, A_ptr, A_qk_ptr,
-    dv_ptr, dw_ptr, dA_qk_ptr, dT_ptr,
-    token_ptr, length_ptr,
+    v_ptr, w_ptr, o_ptr, do_ptr, X_ptr, R_ptr, A_ptr, A_qk_ptr,
+    dv_ptr, dw_ptr, dA_qk_ptr, diagonal_ptr, minus_dT_ptr, along_q_ptr, along_k_ptr,
+    token_ptr, length_ptr, largest_write,
     H: tl.constexpr, HV: tl.constexpr, V: tl.constexpr, VP: tl.constexpr, DW: tl.constexpr,
-    C: tl.constexpr, BV: tl.constexpr, DT: tl.constexpr, PREC: tl.constexpr, ERASE: tl.constexpr,
+    C: tl.constexpr, BV: tl.constexpr, DT: tl.constexpr, PREC: tl.constexpr, ERASE: tl.constexpr, ACT: tl.constexpr,
 ):  # fmt: skip
-    """One chunk of the value heads of one key head: dZ in the place of X, dV, dW, and dA_qk and dT summed."""
+    """One chunk of the value heads of one key head: dZ in the place of X, dV, dW, and dA_qk and -dT summed.
+
+    dA_qk is stored without its diagonal, which goes to a vector of its own [M, H, C]. With ACT also <q, dq> and
+    <k, dk>, of the same shape.
+    """
     chunk, head = tl.program_id(0) // H, tl.program_id(0) % H
     n = tl.load(length_ptr + chunk)
     if n == 0:
         return
     token = tl.load(token_ptr + chunk)
     rows = tl.arange(0, C)
-    square = tl.program_id(0).to(tl.int64) * C * C + offsets(rows, rows, C)
-    A_qk_T = tl.trans(tl.load(A_qk_ptr + square))
+    unit = tl.program_id(0).to(tl.int64)
+    square = offsets(rows, rows, C)
+    A_qk_T = tl.trans(tl.load((A_qk_ptr + unit * C * C) + square))
     if ERASE:
-        A_T = tl.trans(tl.load(A_ptr + square))
+        A_T = tl.trans(tl.load((A_ptr + unit * C * C) + square))
     dA_qk = tl.zeros((C, C), tl.float32)
-    dT = tl.zeros((C, C), tl.float32)
+    minus_dT = tl.zeros((C, C), tl.float32)
+    along_q = tl.zeros((C,), tl.float32)
+    along_k = tl.zeros((C,), tl.float32)
     for member in tl.range(0, HV // H):
         value_head = head * (HV // H) + member
         dw_shared = tl.zeros((C,), tl.float32)
         for first in tl.range(0, VP, BV):
             cols = first + tl.arange(0, BV)
-            tile = (chunk.to(tl.int64) * HV + value_head) * C * VP + offsets(rows, cols, VP)
+            value_unit = chunk.to(tl.int64) * HV + value_head
+            tile = offsets(rows, cols, VP)
             do = token_tile(do_ptr, token, rows, n, value_head, HV, V, cols).to(DT)
-            R_T = tl.trans(tl.load(R_ptr + tile))
-            dA_qk += product(do, R_T, DT, PREC)
-            dZ = product(A_qk_T, do, DT, PREC) + tl.load(X_ptr + tile).to(tl.float32)
+            R = tl.load((R_ptr + value_unit * C * VP) + tile)
+            dA_qk = tl.dot(do, tl.trans(R), dA_qk, input_precision=PREC)
+            dZ = product(A_qk_T, do, DT, PREC) + tl.load((X_ptr + value_unit * C * VP) + tile).to(tl.float32)
             if ERASE:
                 dZ = product(A_T, dZ, DT, PREC)
-                dT -= product(dZ, R_T, DT, PREC)
+                minus_dT = tl.dot(dZ.to(DT), tl.trans(R), minus_dT, input_precision=PREC)
             tl.debug_barrier()  # every thread has read its part of X
-            tl.store(X_ptr + tile, dZ.to(DT))
-            if DW == 0:
+            tl.store((X_ptr + value_unit * C * VP) + tile, dZ.to(DT))
+            if ACT:
+                o = token_tile(o_ptr, token, rows, n, value_head, HV, V, cols)
+                along_q += tl.sum(o * do.to(tl.float32), 1)
+                along_k += tl.sum(R.to(tl.float32) * dZ, 1) * (2.0 if ERASE else 1.0)
+            if DW == 0 and not (ACT and ERASE):
                 store_token_tile(dv_ptr, dZ, token, rows, n, value_head, HV, V, cols)
             else:
                 v = token_tile(v_ptr, token, rows, n, value_head, HV, V, cols)
                 w = gate_tile(w_ptr, token, rows, n, value_head, HV, DW, cols, 1.0)
+                w = opened(w, largest_write, DT, ACT and DW != 0)
                 store_token_tile(dv_ptr, dZ * w, token, rows, n, value_head, HV, V, cols)
+                dw = dZ * v
+                if ACT and ERASE:
+                    along_k -= tl.sum(dw * w, 1)
                 if DW == 1:
-                    dw_shared += tl.sum(dZ * v, 1)
-                else:
-                    store_token_tile(dw_ptr, dZ * v, token, rows, n, value_head, HV, V, cols)
+                    dw_shared += tl.sum(dw, 1)
+                elif DW != 0:
+                    dw = opened_gradient(dw, w, largest_write, ACT)
+                    store_token_tile(dw_ptr, dw, token, rows, n, value_head, HV, V, cols)
         if DW == 1:
             at = token * HV + value_head + rows * HV
+            w = opened(tl.load(w_ptr + at, mask=rows < n, other=0.0).to(tl.float32), largest_write, DT, ACT)
+            dw_shared = opened_gradient(dw_shared, w, largest_write, ACT)
             tl.store(dw_ptr + at, dw_shared.to(dw_ptr.dtype.element_ty), mask=rows < n)
-    tl.store(dA_qk_ptr + square, dA_qk.to(DT))
+    below = rows[:, None] > rows[None, :]
+    tl.store((dA_qk_ptr + unit * C * C) + square, tl.where(below, dA_qk, 0.0).to(DT))
+    tl.store(diagonal_ptr + unit * C + rows, tl.sum(tl.where(rows[:, None] == rows[None, :], dA_qk, 0.0), 1))
     if ERASE:
-        tl.store(dT_ptr + square, dT.to(DT))
-
-
-@triton.jit
-def _pair_gradients(q, e, k, dA_qk, dT, mask, ERASE: tl.constexpr, DT: tl.constexpr, PREC: tl.constexpr):
-    """What the pairs in `mask` give to dq, de and dk, all of rows scaled by their factor of the ratio (68-71)."""
-    k = k.to(DT)
-    below = tl.where(mask, dA_qk, 0.0)
-    dq = product(below, k, DT, PREC)
-    dk = product(tl.trans(below), q, DT, PREC)
-    de = dq
-    if ERASE:
-        below = tl.where(mask, dT, 0.0)
-        de = product(below, k, DT, PREC)
-        dk += product(tl.trans(below), e, DT, PREC)
-    return dq, de, dk
+        tl.store((minus_dT_ptr + unit * C * C) + square, tl.where(below, minus_dT, 0.0).to(DT))
+    if ACT:
+        tl.store(along_q_ptr + unit * C + rows, along_q)
+        tl.store(along_k_ptr + unit * C + rows, along_k)
 
 
 @triton.jit
 def _strong_pair_gradients(
-    q, e, k, dA_qk, dT, g, g_next, rows,
+    q, e, k, dA_qk, minus_dT, g, g_next, rows,
     LOG_C: tl.constexpr, ERASE: tl.constexpr, RANGE: tl.constexpr, DT: tl.constexpr, PREC: tl.constexpr,
 ):  # fmt: skip
-    """`_pair_gradients` of all pairs r > s of a strong chunk, with their decay ratios."""
+    """What all pairs r > s of a strong chunk give to dq, de and dk, with their decay ratios (68-71)."""
     dq = tl.zeros(q.shape, tl.float32)
     de = tl.zeros(q.shape, tl.float32)
     dk = tl.zeros(q.shape, tl.float32)
     level = tl.full((), LOG_C, tl.int32)
-    P = tl.cumsum(g, 0)
-    while tl.min(P) < -RANGE:
-        level -= 1
-        P, X = block_sums(g, g_next, rows, level)
-        late, early = tl.exp(P), tl.exp(X)
-        mask = half_pair(rows, level)
-        more_q, more_e, more_k = _pair_gradients(q * late, e * late, k * early, dA_qk, dT, mask, ERASE, DT, PREC)
-        dq += more_q * late
-        de += more_e * late
-        dk += more_k * early
+    P, X = tl.cumsum(g, 0), tl.zeros(q.shape, tl.float32)
+    unfinished = True
+    while unfinished:
+        unfinished = tl.min(P) < -RANGE
+        if unfinished:
+            level -= 1
+            P, X = block_sums(g, g_next, rows, level)
+            mask = half_pair(rows, level)
+        else:
+            X = -P
+            mask = same_block(rows, level)
+        late, early = exp(P, DT), exp(X, DT)
+        k_early = (k * early).to(DT)
+        below = tl.where(mask, dA_qk, 0.0).to(DT)
+        dq += product(below, k_early, DT, PREC) * late
+        from_later = product(tl.trans(below), q * late, DT, PREC)
+        if ERASE:
+            below = tl.where(mask, minus_dT, 0.0).to(DT)
+            de -= product(below, k_early, DT, PREC) * late
+            from_later -= product(tl.trans(below), e * late, DT, PREC)
+        dk += from_later * early
         P = tl.where(level == 0, 0.0, P)
-    late, early = tl.exp(P), tl.exp(-P)
-    mask = same_block(rows, level)
-    more_q, more_e, more_k = _pair_gradients(q * late, e * late, k * early, dA_qk, dT, mask, ERASE, DT, PREC)
-    return dq + more_q * late, de + more_e * late, dk + more_k * early
+    return dq, de, dk
 
 
 @triton.jit
 def _times_state(
-    rows_ptr, state_ptr, chunk, head, keys, rows, n, token,
+    total, rows_ptr, state_ptr, chunk, head, keys, rows, n, token,
     HV: tl.constexpr, GROUP: tl.constexpr, V: tl.constexpr, KP: tl.constexpr, VP: tl.constexpr,
     C: tl.constexpr, BV: tl.constexpr, DT: tl.constexpr, PREC: tl.constexpr, BY_TOKEN: tl.constexpr,
 ):  # fmt: skip
-    """rows state^T [C, BK] summed over value channels and the value heads of a key head.
+    """Adds rows state^T [C, BK], summed over the value heads of a key head, to `total`.
 
     BY_TOKEN says whether the rows lie in a [tokens, HV, V] tensor or in chunk-major scratch.
     """
-    total = tl.zeros((C, keys.shape[0]), tl.float32)
     for part in tl.range(0, GROUP * (VP // BV)):
         value_head = head * GROUP + part // (VP // BV)
         cols = (part % (VP // BV)) * BV + tl.arange(0, BV)
         unit = chunk.to(tl.int64) * HV + value_head
-        state = tl.load(state_ptr + unit * KP * VP + offsets(keys, cols, VP))
+        state = tl.load((state_ptr + unit * KP * VP) + offsets(keys, cols, VP))
         if BY_TOKEN:
-            left = token_tile(rows_ptr, token, rows, n, value_head, HV, V, cols)
+            left = token_tile(rows_ptr, token, rows, n, value_head, HV, V, cols).to(DT)
         else:
-            left = tl.load(rows_ptr + unit * C * VP + offsets(rows, cols, VP))
-        total += product(left, tl.trans(state), DT, PREC)
+            left = tl.load((rows_ptr + unit * C * VP) + offsets(rows, cols, VP))
+        total = tl.dot(left, tl.trans(state), total, input_precision=PREC)
     return total
 
 
@@ -209,117 +238,166 @@ def _state_overlap(
     for part in tl.range(0, GROUP * (VP // BV)):
         value_head = head * GROUP + part // (VP // BV)
         cols = (part % (VP // BV)) * BV + tl.arange(0, BV)
-        tile = (chunk.to(tl.int64) * HV + value_head) * KP * VP + offsets(keys, cols, VP)
-        total += tl.sum(tl.load(S_ptr + tile).to(tl.float32) * tl.load(dS_ptr + tile).to(tl.float32), 1)
+        first, tile = (chunk.to(tl.int64) * HV + value_head) * KP * VP, offsets(keys, cols, VP)
+        S, dS = tl.load((S_ptr + first) + tile), tl.load((dS_ptr + first) + tile)
+        total += tl.sum(S.to(tl.float32) * dS.to(tl.float32), 1)
     return total
 
 
 @triton.jit
 def key_gradients(
-    q_ptr, k_ptr, g_ptr, b_ptr, do_ptr, dZ_ptr, R_ptr, S_ptr, dS_ptr, dA_qk_ptr, dT_ptr,
-    dq_ptr, dk_ptr, dg_ptr, db_ptr,
-    token_ptr, length_ptr, strong_ptr, scale,
+    q_ptr, k_ptr, g_ptr, b_ptr, rate_ptr, delta_ptr, do_ptr, dZ_ptr, R_ptr, S_ptr, dS_ptr, dA_qk_ptr, diagonal_ptr,
+    minus_dT_ptr, along_q_ptr, along_k_ptr,
+    dq_ptr, dk_ptr, dg_ptr, db_ptr, drate_ptr, ddelta_ptr,
+    token_ptr, length_ptr, strong_ptr, scale, largest_erase, eps,
     H: tl.constexpr, HV: tl.constexpr, K: tl.constexpr, V: tl.constexpr, KP: tl.constexpr, VP: tl.constexpr,
     DG: tl.constexpr, DB: tl.constexpr,
-    C: tl.constexpr, LOG_C: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
-    RANGE: tl.constexpr, DT: tl.constexpr, PREC: tl.constexpr, STRONG: tl.constexpr,
+    C: tl.constexpr, LOG_C: tl.constexpr, SPAN: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
+    RANGE: tl.constexpr, DT: tl.constexpr, PREC: tl.constexpr, ACT: tl.constexpr, STRONG: tl.constexpr,
 ):  # fmt: skip
-    """One chunk of one key head, summed over its value heads: dq, dk, d log-decay and d erase.
+    """One chunk of SPAN channels of one key head, summed over its value heads: dq, dk, d log-decay and d erase.
 
-    Like `prepare_chunks` it is launched once for the ordinary and once for the strong chunks. dQ, dE and dK' come one
-    after the other, so that few tiles are alive at once.
+    Like `prepare_chunks` it is launched once for the ordinary and once for the strong chunks. With ACT also this
+    chunk's share of drate [M, H, KP / SPAN] and ddelta [M, H, K].
     """
-    chunk, head = tl.program_id(0) // H, tl.program_id(0) % H
+    PARTS: tl.constexpr = KP // SPAN
+    part, unit = tl.program_id(0) % PARTS, tl.program_id(0) // PARTS
+    chunk, head = unit // H, unit % H
     n = tl.load(length_ptr + chunk)
     if n == 0:
         return
-    if (tl.load(strong_ptr + tl.program_id(0)) != 0) != STRONG:
+    if (tl.load(strong_ptr + unit) != 0) != STRONG:
         return
     token = tl.load(token_ptr + chunk)
+    unit = unit.to(tl.int64)
     rows = tl.arange(0, C)
     ERASE: tl.constexpr = DB != 0
     GROUP: tl.constexpr = HV // H
-    square = tl.program_id(0).to(tl.int64) * C * C + offsets(rows, rows, C)
-    below = rows[:, None] > rows[None, :]
-    diagonal = tl.load(dA_qk_ptr + tl.program_id(0).to(tl.int64) * C * C + rows * (C + 1)).to(tl.float32)
+    dA_qk_ptr, minus_dT_ptr = dA_qk_ptr + unit * C * C, minus_dT_ptr + unit * C * C
+    square = offsets(rows, rows, C)
+    # Nothing decays after the last token: left out of dG, where it would cancel to rounding noise.
+    decays = (rows < n - 1)[:, None]
+    diagonal = tl.load(diagonal_ptr + unit * C + rows)[:, None]
+    shorter_q = inverse_length(q_ptr, token, rows, n, head, eps, H, K, KP, BK, ACT)
+    shorter_k = inverse_length(k_ptr, token, rows, n, head, eps, H, K, KP, BK, ACT)
 
     dg_shared = tl.zeros((C,), tl.float32)
     db_shared = tl.zeros((C,), tl.float32)
-    for first in tl.range(0, KP, BK):
-        keys = first + tl.arange(0, BK)
-        g = gate_tile(g_ptr, token, rows, n, head, H, DG, keys, 0.0)
-        k = token_tile(k_ptr, token, rows, n, head, H, K, keys)
+    drate = 0.0
+    for block in tl.range(SPAN // BK):
+        keys = part * SPAN + block * BK + tl.arange(0, BK)
+        # dk, de and dq come one after the other, and what they share is loaded and computed again for each: few tiles
+        # are alive at once.
+        g = decay_tile(g_ptr, rate_ptr, delta_ptr, token, rows, n, head, H, K, DG, keys, DT, ACT)
+        decayed = tl.zeros((BK,), tl.float32)
+        if DG != 0:
+            decayed = _state_overlap(S_ptr, dS_ptr, chunk, head, keys, HV, GROUP, KP, VP, BV)
         if STRONG:
-            g_next = gate_tile(g_ptr, token, rows + 1, n, head, H, DG, keys, 0.0)
+            g_next = decay_tile(g_ptr, rate_ptr, delta_ptr, token, rows + 1, n, head, H, K, DG, keys, DT, ACT)
             late_sum, early_sum = tl.cumsum(g, 0), tl.cumsum(g_next, 0, reverse=True)
+            decayed *= exp(tl.sum(g, 0), DT)
         else:
-            late_sum, _, _ = from_middle(g, rows, C, RANGE)
-            early_sum = -late_sum
-            k_early = (k * tl.exp(early_sum)).to(DT)
+            late_sum = add_up(from_middle(rows, C), g, DT, PREC)
+            late_sum = settled(late_sum)
 
-        q = token_tile(q_ptr, token, rows, n, head, H, K, keys) * scale
-        dk = _times_state(R_ptr, dS_ptr, chunk, head, keys, rows, n, token,
-                          HV, GROUP, V, KP, VP, C, BV, DT, PREC, False) * tl.exp(early_sum)  # fmt: skip
-        # Nothing decays after the last token: left out of dG, where it would cancel to rounding noise.
-        decays = rows[:, None] < n - 1
-        later = tl.sum(tl.where(decays, k * dk, 0.0), 0)
-        dA_qk = tl.load(dA_qk_ptr + square, mask=below, other=0.0)
-        e = k
-        dT = dA_qk
-        if ERASE:
-            e = k * gate_tile(b_ptr, token, rows, n, head, H, DB, keys, 0.0)
-            dT = tl.load(dT_ptr + square, mask=below, other=0.0)
+        k = token_tile(k_ptr, token, rows, n, head, H, K, keys) * shorter_k
+        q = token_tile(q_ptr, token, rows, n, head, H, K, keys) * (shorter_q * scale)
+        dA_qk = tl.load(dA_qk_ptr + square)
+        dk = _times_state(
+            tl.zeros((C, BK), tl.float32), R_ptr, dS_ptr, chunk, head, keys, rows, n, token,
+            HV, GROUP, V, KP, VP, C, BV, DT, PREC, False,
+        )  # fmt: skip
+        early = exp(early_sum, DT) if STRONG else inverse_exp_anew(late_sum, DT)
+        decayed += tl.sum(tl.where(decays, k * early * dk, 0.0), 0)
         if STRONG:
-            near_q, near_e, near_k = _strong_pair_gradients(
-                q, e, k, dA_qk, dT, g, g_next, rows, LOG_C, ERASE, RANGE, DT, PREC
-            )
-            dk += near_k
-        else:
-            near_k = product(tl.trans(dA_qk), q * tl.exp(late_sum), DT, PREC)
+            e, minus_dT = k, dA_qk
             if ERASE:
-                near_k += product(tl.trans(dT), e * tl.exp(late_sum), DT, PREC)
-            dk += near_k * tl.exp(early_sum)
-        dG = tl.where(decays, -k * dk, 0.0)
-        dk += diagonal[:, None] * q
+                b = opened(gate_tile(b_ptr, token, rows, n, head, H, DB, keys, 0.0), largest_erase, DT, ACT)
+                e, minus_dT = k * b, tl.load(minus_dT_ptr + square)
+            near_q, near_e, near_k = _strong_pair_gradients(
+                q, e, k, dA_qk, minus_dT, g, g_next, rows, LOG_C, ERASE, RANGE, DT, PREC
+            )
+            dk = dk * exp(early_sum, DT) + near_k
+        else:
+            late = exp_anew(late_sum, DT)
+            dk = tl.dot(tl.trans(dA_qk), (q * late).to(DT), dk, input_precision=PREC)
+            if ERASE:
+                b = opened(gate_tile(b_ptr, token, rows, n, head, H, DB, keys, 0.0), largest_erase, DT, ACT)
+                minus_dT = tl.load(minus_dT_ptr + square)
+                dk = tl.dot(tl.trans(minus_dT), (-(k * b) * late).to(DT), dk, input_precision=PREC)
+            dk *= inverse_exp_anew(late_sum, DT)
+        dG = settled(tl.where(decays, -k * dk, 0.0))
+        dk = settled(dk + diagonal * q)
+        tl.debug_barrier()  # loads before and after it are not merged
 
         if ERASE:
-            de = -_times_state(dZ_ptr, S_ptr, chunk, head, keys, rows, n, token,
-                               HV, GROUP, V, KP, VP, C, BV, DT, PREC, False)  # fmt: skip
+            k = token_tile(k_ptr, token, rows, n, head, H, K, keys) * shorter_k
+            minus_dT = tl.load(minus_dT_ptr + square)
+            minus_de = _times_state(
+                tl.zeros((C, BK), tl.float32), dZ_ptr, S_ptr, chunk, head, keys, rows, n, token,
+                HV, GROUP, V, KP, VP, C, BV, DT, PREC, False,
+            )  # fmt: skip
             if STRONG:
-                de = de * tl.exp(late_sum) + near_e
+                minus_de = minus_de * exp(late_sum, DT) - near_e
             else:
-                dT = tl.load(dT_ptr + square, mask=below, other=0.0)
-                de = (de + product(dT, k_early, DT, PREC)) * tl.exp(late_sum)
-            b = gate_tile(b_ptr, token, rows, n, head, H, DB, keys, 0.0)
-            dk += b * de
-            db = k * de
-            dG += b * db
+                k_early = (k * inverse_exp_anew(late_sum, DT)).to(DT)
+                minus_de = tl.dot(minus_dT, k_early, minus_de, input_precision=PREC) * exp_anew(late_sum, DT)
+            b = opened(gate_tile(b_ptr, token, rows, n, head, H, DB, keys, 0.0), largest_erase, DT, ACT)
+            dk -= b * minus_de
+            db = -k * minus_de
+            dG = settled(dG + b * db)
             if DB == 1:
                 db_shared += tl.sum(db, 1)
             else:
+                db = opened_gradient(db, b, largest_erase, ACT)
                 store_token_tile(db_ptr, db, token, rows, n, head, H, K, keys)
-        store_token_tile(dk_ptr, dk, token, rows, n, head, H, K, keys)
+            if ACT:
+                dk -= k * tl.load(along_k_ptr + unit * C + rows)[:, None]
+        elif ACT:
+            dk -= k * tl.load(along_k_ptr + unit * C + rows)[:, None]
+        store_token_tile(dk_ptr, dk * shorter_k, token, rows, n, head, H, K, keys)
+        tl.debug_barrier()
 
-        dq = _times_state(do_ptr, S_ptr, chunk, head, keys, rows, n, token,
-                          HV, GROUP, V, KP, VP, C, BV, DT, PREC, True)  # fmt: skip
+        k = token_tile(k_ptr, token, rows, n, head, H, K, keys) * shorter_k
+        dA_qk = tl.load(dA_qk_ptr + square)
+        dq = _times_state(
+            tl.zeros((C, BK), tl.float32), do_ptr, S_ptr, chunk, head, keys, rows, n, token,
+            HV, GROUP, V, KP, VP, C, BV, DT, PREC, True,
+        )  # fmt: skip
         if STRONG:
-            dq = dq * tl.exp(late_sum) + near_q
+            dq = dq * exp(late_sum, DT) + near_q
         else:
-            dA_qk = tl.load(dA_qk_ptr + square, mask=below, other=0.0)
-            dq = (dq + product(dA_qk, k_early, DT, PREC)) * tl.exp(late_sum)
-        dG += token_tile(q_ptr, token, rows, n, head, H, K, keys) * scale * dq
-        store_token_tile(dq_ptr, (dq + diagonal[:, None] * k) * scale, token, rows, n, head, H, K, keys)
+            k_early = (k * inverse_exp_anew(late_sum, DT)).to(DT)
+            dq = tl.dot(dA_qk, k_early, dq, input_precision=PREC) * exp_anew(late_sum, DT)
+        q = token_tile(q_ptr, token, rows, n, head, H, K, keys) * (shorter_q * scale)
+        dG += q * dq
+        dq = (dq + diagonal * k) * scale
+        if ACT:
+            dq -= q * (tl.load(along_q_ptr + unit * C + rows) / scale)[:, None]
+        store_token_tile(dq_ptr, dq * shorter_q, token, rows, n, head, H, K, keys)
         if DG != 0:
-            decayed = _state_overlap(S_ptr, dS_ptr, chunk, head, keys, HV, GROUP, KP, VP, BV)
-            if STRONG:
-                decayed *= tl.exp(tl.sum(g, 0))
-            dg = tl.cumsum(dG, 0, reverse=True) + (later + decayed)[None, :]
+            dg = add_up(tl.where(rows[:, None] <= rows[None, :], 1.0, 0.0), dG, DT, PREC) + decayed[None, :]
             if DG == 1:
                 dg_shared += tl.sum(dg, 1)
             else:
+                if ACT:
+                    dg, one = decay_gradient(dg, g_ptr, rate_ptr, delta_ptr, token, rows, n, head, H, K, DG, keys, DT)
+                    drate += one
+                    tl.store(ddelta_ptr + unit * K + keys, tl.sum(dg, 0), mask=keys < K)
                 store_token_tile(dg_ptr, dg, token, rows, n, head, H, K, keys)
     shared = token * H + head + rows * H
     if DG == 1:
+        if ACT:
+            one = tl.arange(0, 1)
+            dg_shared, drate = decay_gradient(
+                dg_shared[:, None], g_ptr, rate_ptr, delta_ptr, token, rows, n, head, H, K, DG, one, DT
+            )
+            dg_shared = tl.sum(dg_shared, 1)
+            tl.store(ddelta_ptr + unit, tl.sum(dg_shared))
         tl.store(dg_ptr + shared, dg_shared.to(dg_ptr.dtype.element_ty), mask=rows < n)
     if DB == 1:
+        b_shared = opened(tl.load(b_ptr + shared, mask=rows < n, other=0.0).to(tl.float32), largest_erase, DT, ACT)
+        db_shared = opened_gradient(db_shared, b_shared, largest_erase, ACT)
         tl.store(db_ptr + shared, db_shared.to(db_ptr.dtype.element_ty), mask=rows < n)
+    if ACT and DG != 0:
+        tl.store(drate_ptr + tl.program_id(0), drate)

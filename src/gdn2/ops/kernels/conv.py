@@ -17,6 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from gdn2.ops.kernels.maths import sigmoid
 from gdn2.ops.kernels.run import INTERPRET, run
 
 # `convolve`: channels and tokens per program, warps; `convolve_back`: channels, streams, tokens per stream, warps.
@@ -24,12 +25,6 @@ FORWARD = (128, 16, 4)
 BACKWARD = (128, 4, 32, 4)
 CHANNELS = 128  # of the kernels that touch nothing but the ends of sequences
 INTERPRETED = (16, 16, 1), (16, 2, 8, 1)
-
-
-@triton.jit
-def sigmoid(x):
-    """Without an overflow: it stays at 2e-35 below x = -80."""
-    return 1.0 / (1.0 + tl.exp(tl.minimum(-x, 80.0)))
 
 
 @triton.jit
@@ -92,7 +87,7 @@ def convolve(
             x += from_tail(tail_ptr, position, sequence, back, inside, cols, D, PAST)
         tap = tl.load(taps_ptr + cols * WIDTH + PAST - back, mask=cols < D, other=0.0).to(tl.float32)
         u += x * tap[None, :]
-    y = (u * sigmoid(u)).to(y_ptr.dtype.element_ty)
+    y = (u * sigmoid(u, tl.float32)).to(y_ptr.dtype.element_ty)
     tl.store(y_ptr + t.to(tl.int64)[:, None] * D + cols[None, :], y, mask=inside[:, None] & (cols[None, :] < D))
 
 
@@ -142,7 +137,7 @@ def activation_gradient(dy, inputs, taps, WIDTH: tl.constexpr):
     u = inputs[0] * taps[0]
     for back in tl.static_range(1, WIDTH):
         u += inputs[back] * taps[back]
-    s = sigmoid(u)
+    s = sigmoid(u, tl.float32)
     return dy * s * (1.0 + u * (1.0 - s))
 
 

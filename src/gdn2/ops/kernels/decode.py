@@ -15,8 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from gdn2.ops.kernels.activation import softplus
-from gdn2.ops.kernels.conv import sigmoid
+from gdn2.ops.kernels.maths import sigmoid, softplus
 from gdn2.ops.kernels.run import run
 
 TILE = 8192  # numbers of a memory in registers at a time, [K, TILE / K]: several programs then share a multiprocessor
@@ -76,7 +75,7 @@ def convolve_token(
     u = tl.sum(inputs.to(tl.float32) * taps, 0)
     tl.debug_barrier()  # several threads may hold one number: all have read the old tail before one writes over it
     tl.store(out_ptr + at - D, inputs, mask=inside & (m > 0))
-    return u * sigmoid(u)
+    return u * sigmoid(u, tl.float32)
 
 
 @triton.jit
@@ -100,13 +99,13 @@ def prepare_token(
         k *= tl.rsqrt(tl.sum(k * k) + l2_eps)
         step = tl.load(f_ptr + sequence * H * K + key, mask=is_key, other=0.0).to(tl.float32)
         step += tl.load(delta_ptr + key, mask=is_key, other=0.0).to(tl.float32)
-        alpha = tl.exp(-tl.exp(tl.load(rate_ptr + part).to(tl.float32)) * softplus(step))
+        alpha = tl.exp(-tl.exp(tl.load(rate_ptr + part).to(tl.float32)) * softplus(step, tl.float32))
         b = tl.load(b_ptr + sequence * H * K + key, mask=is_key, other=0.0).to(tl.float32)
         ready = ready_ptr + 4 * sequence * H * K + key
         tl.store(ready, q, mask=is_key)
         tl.store(ready + H * K, k, mask=is_key)
         tl.store(ready + 2 * H * K, alpha, mask=is_key)
-        tl.store(ready + 3 * H * K, k * largest * sigmoid(b), mask=is_key)
+        tl.store(ready + 3 * H * K, k * largest * sigmoid(b, tl.float32), mask=is_key)
     else:
         values = tl.arange(0, VP)
         is_value = values < V
@@ -115,7 +114,7 @@ def prepare_token(
         v = convolve_token(
             v_ptr, conv_v_ptr, tail_v_ptr, tail_v_out_ptr, sequence, row, value, is_value, HV * V, WIDTH, WP
         )
-        w = sigmoid(tl.load(w_ptr + here, mask=is_value, other=0.0).to(tl.float32))
+        w = sigmoid(tl.load(w_ptr + here, mask=is_value, other=0.0).to(tl.float32), tl.float32)
         tl.store(z_ptr + here, w * v, mask=is_value)
 
 
@@ -153,7 +152,7 @@ def recur_token(
         values = part * BV + tl.arange(0, BV)
         gate = tl.load(gate_ptr + first + values, mask=values < V, other=0.0).to(tl.float32)
         weight = tl.load(norm_ptr + values, mask=values < V, other=0.0).to(tl.float32)
-        y = outputs[part] * r * weight * gate * sigmoid(gate)
+        y = outputs[part] * r * weight * gate * sigmoid(gate, tl.float32)
         tl.store(y_ptr + first + values, y.to(y_ptr.dtype.element_ty), mask=values < V)
 
 

@@ -39,8 +39,8 @@ class Config:
 # By bytes of an operand: (largest padded head size, configuration), first match. Each was run and checked on an H100.
 CONFIGS = {
     2: (
-        (128, Config(64, (128, 64, 4, 1), (64, 64, 8, 1), (64, 4, 3), (32, 4, 3), (128, 4, 1), (128, 64, 8, 1),
-                     (64, 64, 8, 1))),
+        (128, Config(64, (64, 128, 4, 1), (64, 64, 4, 1), (64, 4, 3), (32, 4, 3), (128, 4, 1), (64, 64, 4, 1),
+                     (64, 64, 4, 1))),
         (256, Config(32, (64, 64, 4, 1), (64, 64, 4, 1), (64, 4, 2), (64, 4, 2), (64, 4, 1), (64, 64, 4, 1),
                      (64, 64, 4, 1))),
     ),
@@ -100,6 +100,19 @@ def _shape(dtype: torch.dtype, H: int, K: int, HV: int, V: int) -> tuple[Config,
     KP, VP = (max(least, triton.next_power_of_2(size)) for size in (K, V))
     LOG_C = config.chunk.bit_length() - 1
     return config, Shape(H, HV, K, V, KP, VP, config.chunk, LOG_C, DT, PREC, SOLVE, 20.0 if exact else 70.0, buffer)
+
+
+class Activation(NamedTuple):
+    """That the operands are a layer's projections, and how they become q, k and gates: see `inputs.py`."""
+
+    rate: Tensor | None  # [H] float32, None without decay
+    delta: Tensor | None  # [H * K], or [H] for a decay shared by the channels; float32
+    largest_erase: float
+    largest_write: float
+
+
+L2_EPS = 1e-6
+GIVEN = Activation(None, None, 1.0, 1.0)
 
 
 class Chunks(NamedTuple):
@@ -206,14 +219,16 @@ def _scan_tile(config: Config, N: int, s: Shape) -> tuple[int, int, int]:
 def forward(
     q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None, erase: Tensor | None, write: Tensor | None,
     scale: float, initial_state: Tensor | None, cu_seqlens: Tensor | None,
-    output_final_state: bool, save_for_backward: bool,
+    output_final_state: bool, save_for_backward: bool, activation: Activation | None = None,
 ) -> tuple[Tensor, Tensor | None, tuple[Tensor, ...]]:  # fmt: skip
     """o in v's dtype, the final state (None unless wanted), and `Residuals` for `backward` (empty unless saved).
 
-    The dtypes of q, k, v, erase and write are bfloat16, float16 or float32; log_decay is best in float32.
+    The dtypes of q, k, v, erase and write are bfloat16, float16 or float32; log_decay is best in float32. With an
+    `activation` they are what the layer projects.
     ValueError for other dtypes and for head sizes above `MAX_HEAD`.
     """
     config, s = _shape(v.dtype, *k.shape[2:], *v.shape[2:])
+    a = activation or GIVEN
     chunks = locate_chunks(k, cu_seqlens, s.C)
     M, N = len(chunks.token), len(chunks.first) - 1
     q, k, v, log_decay, erase, write, initial_state = _dense(q, k, v, log_decay, erase, write, initial_state)
@@ -232,10 +247,12 @@ def forward(
         BK, BV, warps, stages = config.strong_prepare if strong else config.prepare
         run(
             prepare_chunks, M * s.H,
-            (q, k, v, log_decay, erase, write, kept.Y, kept.P, kept.K_tail, kept.gamma, before, kept.after, U, O_local,
-             kept.A, kept.A_qk, chunks.token, chunks.length, kept.strong, scale),
+            (q, k, v, log_decay, erase, write, a.rate, a.delta, kept.Y, kept.P, kept.K_tail, kept.gamma, before,
+             kept.after, U, O_local, kept.A, kept.A_qk, chunks.token, chunks.length, kept.strong, scale,
+             a.largest_erase, a.largest_write, L2_EPS),
             (s.H, s.HV, s.K, s.V, s.KP, s.VP, _last(log_decay), _last(erase), _last(write), s.C, s.LOG_C,
-             min(s.KP, BK), min(s.VP, BV), s.RANGE, s.DT, s.PREC, s.SOLVE, save_for_backward, strong),
+             min(s.KP, BK), min(s.VP, BV), s.RANGE, s.DT, s.PREC, s.SOLVE, save_for_backward, activation is not None,
+             strong),
             warps, stages,
         )  # fmt: skip
     o = torch.empty_like(v)
@@ -256,18 +273,30 @@ def backward(
     do: Tensor, dfinal_state: Tensor | None,
     q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None, erase: Tensor | None, write: Tensor | None,
     scale: float, initial_state: Tensor | None, cu_seqlens: Tensor | None, residuals: tuple[Tensor, ...],
+    activation: Activation | None = None, o: Tensor | None = None,
 ) -> tuple[Tensor | None, ...]:  # fmt: skip
-    """Gradients of q, k, v, log_decay, erase, write and initial_state, each of its input's shape and dtype or None."""
+    """Gradients of q, k, v, log_decay, erase, write and initial_state, each of its input's shape and dtype or None.
+
+    With an `activation`, which takes the forward's o, those of its rate and delta follow.
+    """
     config, s = _shape(v.dtype, *k.shape[2:], *v.shape[2:])
+    a, act = activation or GIVEN, activation is not None
     kept = Residuals(*residuals)
     chunks = locate_chunks(k, cu_seqlens, s.C)
     M, N = len(chunks.token), len(chunks.first) - 1
     do, dfinal_state, q, k, v, log_decay, erase, write = _dense(do, dfinal_state, q, k, v, log_decay, erase, write)
-    dS, X, dA_qk, dT = (torch.empty_like(x) for x in (kept.S, kept.R, kept.A_qk, kept.A))
+    dS, X, dA_qk, minus_dT = (torch.empty_like(x) for x in (kept.S, kept.R, kept.A_qk, kept.A))
     dq, dk, dv, dg, db, dw, dS_first = (
         None if x is None else torch.empty_like(x, memory_format=torch.contiguous_format)
         for x in (q, k, v, log_decay, erase, write, initial_state)
     )
+    diagonal = torch.empty(M, s.H, s.C, device=v.device)
+    # Key channels of a program: all of them where a gate that they share takes the sum of their gradients.
+    span = s.KP if 1 in (_last(log_decay), _last(erase)) else min(s.KP, config.key[0])
+    along_q, along_k = torch.empty(2, M, s.H, s.C, device=v.device) if act else (None, None)
+    # Chunks that do not exist add nothing.
+    drate = torch.zeros(M, s.H, s.KP // span, device=v.device) if a.rate is not None else None
+    ddelta = torch.zeros(M, len(a.delta), device=v.device) if a.delta is not None else None
 
     BV, warps, stages = _scan_tile(config, N, s)
     run(
@@ -281,21 +310,27 @@ def backward(
     BV, warps, stages = config.value
     run(
         value_gradients, M * s.H,
-        (v, write, do, X, kept.R, kept.A, kept.A_qk, dv, dw, dA_qk, dT, chunks.token, chunks.length),
-        (s.H, s.HV, s.V, s.VP, _last(write), s.C, min(s.VP, BV), s.DT, s.PREC, erase is not None),
+        (v, write, o, do, X, kept.R, kept.A, kept.A_qk, dv, dw, dA_qk, diagonal,
+         minus_dT, along_q, along_k, chunks.token, chunks.length, a.largest_write),
+        (s.H, s.HV, s.V, s.VP, _last(write), s.C, min(s.VP, BV), s.DT, s.PREC, erase is not None, act),
         warps, stages,
     )  # fmt: skip
     for strong in _launches(log_decay):
         BK, BV, warps, stages = config.strong_key if strong else config.key
         run(
-            key_gradients, M * s.H,
-            (q, k, log_decay, erase, do, X, kept.R, kept.S, dS, dA_qk, dT, dq, dk, dg, db,
-             chunks.token, chunks.length, kept.strong, scale),
+            key_gradients, M * s.H * (s.KP // span),
+            (q, k, log_decay, erase, a.rate, a.delta, do, X, kept.R, kept.S, dS, dA_qk, diagonal, minus_dT, along_q,
+             along_k, dq, dk, dg, db, drate, ddelta, chunks.token, chunks.length, kept.strong, scale, a.largest_erase,
+             L2_EPS),
             (s.H, s.HV, s.K, s.V, s.KP, s.VP, _last(log_decay), _last(erase), s.C, s.LOG_C,
-             min(s.KP, BK), min(s.VP, BV), s.RANGE, s.DT, s.PREC, strong),
+             span, min(span, BK), min(s.VP, BV), s.RANGE, s.DT, s.PREC, act, strong),
             warps, stages,
         )  # fmt: skip
-    return dq, dk, dv, dg, db, dw, dS_first
+    gradients = dq, dk, dv, dg, db, dw, dS_first
+    if not act:
+        return gradients
+    drate = None if drate is None or a.rate is None else drate.sum((0, 2)).to(a.rate.dtype)
+    return *gradients, drate, None if ddelta is None or a.delta is None else ddelta.sum(0).to(a.delta.dtype)
 
 
 def step(

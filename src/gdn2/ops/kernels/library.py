@@ -22,13 +22,23 @@ def obstacle(v: Tensor, K: int) -> str | None:
     return None
 
 
+def _activation(
+    rate: Tensor | None, delta: Tensor | None, largest_erase: float, largest_write: float, projected: bool
+) -> launch.Activation | None:
+    return launch.Activation(rate, delta, largest_erase, largest_write) if projected else None
+
+
 @torch.library.custom_op("gdn2::triton", mutates_args=())
 def forward(
     q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None, erase: Tensor | None, write: Tensor | None,
-    initial_state: Tensor | None, cu_seqlens: Tensor | None, scale: float, save: bool,
+    initial_state: Tensor | None, rate: Tensor | None, delta: Tensor | None, cu_seqlens: Tensor | None, scale: float,
+    largest_erase: float, largest_write: float, projected: bool, save: bool,
 ) -> tuple[Tensor, Tensor, list[Tensor]]:  # fmt: skip
-    """o, the final state, and `launch.Residuals` (none unless `save`)."""
-    if k.shape[1] == 1 and cu_seqlens is None and not save:  # a decoding step has no chunk to speak of
+    """o, the final state, and `launch.Residuals` (none unless `save`).
+
+    `projected` says that q, k and the gates are what a layer projects; only then do rate, delta and the largest count.
+    """
+    if k.shape[1] == 1 and cu_seqlens is None and not save and not projected:  # one token has no chunk to speak of
         state = v.new_zeros(_state_shape(k, v, None), dtype=torch.float32)
         if initial_state is not None:
             state.copy_(initial_state)
@@ -37,7 +47,7 @@ def forward(
         return o.unsqueeze(1), state, []
     o, final, kept = launch.forward(
         q, k, v, log_decay, erase, write, scale, initial_state, cu_seqlens, output_final_state=True,
-        save_for_backward=save,
+        save_for_backward=save, activation=_activation(rate, delta, largest_erase, largest_write, projected),
     )  # fmt: skip
     assert final is not None  # it was asked for
     return o, final, list(kept)
@@ -46,7 +56,8 @@ def forward(
 @forward.register_fake
 def _(
     q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None, erase: Tensor | None, write: Tensor | None,
-    initial_state: Tensor | None, cu_seqlens: Tensor | None, scale: float, save: bool,
+    initial_state: Tensor | None, rate: Tensor | None, delta: Tensor | None, cu_seqlens: Tensor | None, scale: float,
+    largest_erase: float, largest_write: float, projected: bool, save: bool,
 ) -> tuple[Tensor, Tensor, list[Tensor]]:  # fmt: skip
     state = v.new_empty(_state_shape(k, v, cu_seqlens), dtype=torch.float32)
     specs = launch.residual_specs(k, v, erase, cu_seqlens)
@@ -62,36 +73,42 @@ def _state_shape(k: Tensor, v: Tensor, cu_seqlens: Tensor | None) -> list[int]:
 @torch.library.custom_op("gdn2::triton_backward", mutates_args=())
 def backward(
     do: Tensor, d_final: Tensor, q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None, erase: Tensor | None,
-    write: Tensor | None, initial_state: Tensor | None, cu_seqlens: Tensor | None, scale: float, kept: list[Tensor],
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """Gradients of q, k, v, log_decay, erase, write and the initial state; empty where there is no such input."""
-    grads = launch.backward(
-        do, d_final, q, k, v, log_decay, erase, write, scale, initial_state, cu_seqlens, tuple(kept)
+    write: Tensor | None, initial_state: Tensor | None, rate: Tensor | None, delta: Tensor | None,
+    cu_seqlens: Tensor | None, scale: float, largest_erase: float, largest_write: float, o: Tensor | None,
+    kept: list[Tensor],
+) -> list[Tensor]:  # fmt: skip
+    """Gradients of the nine tensors from q to delta; empty where there is no such input. o is there for projections."""
+    activation = _activation(rate, delta, largest_erase, largest_write, o is not None)
+    gradients = launch.backward(
+        do, d_final, q, k, v, log_decay, erase, write, scale, initial_state, cu_seqlens, tuple(kept), activation, o
     )
-    dq, dk, dv, dg, db, dw, d_initial = (q.new_empty(0) if x is None else x for x in grads)
-    return dq, dk, dv, dg, db, dw, d_initial
+    wanted = (*gradients, None, None)[:9]
+    return [q.new_empty(0) if x is None else x for x in wanted]
 
 
 @backward.register_fake
 def _(
     do: Tensor, d_final: Tensor, q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None, erase: Tensor | None,
-    write: Tensor | None, initial_state: Tensor | None, cu_seqlens: Tensor | None, scale: float, kept: list[Tensor],
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    inputs = (q, k, v, log_decay, erase, write, initial_state)
-    dq, dk, dv, dg, db, dw, d_initial = (q.new_empty(0) if x is None else x.new_empty(x.shape) for x in inputs)
-    return dq, dk, dv, dg, db, dw, d_initial
+    write: Tensor | None, initial_state: Tensor | None, rate: Tensor | None, delta: Tensor | None,
+    cu_seqlens: Tensor | None, scale: float, largest_erase: float, largest_write: float, o: Tensor | None,
+    kept: list[Tensor],
+) -> list[Tensor]:  # fmt: skip
+    inputs = (q, k, v, log_decay, erase, write, initial_state, rate, delta)
+    return [q.new_empty(0) if x is None else x.new_empty(x.shape) for x in inputs]
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, list[Tensor]]) -> None:
-    *tensors, scale, _ = inputs
-    ctx.save_for_backward(*tensors, *output[2])
-    ctx.scale = scale
+    *tensors, ctx.scale, ctx.largest_erase, ctx.largest_write, projected, _ = inputs
+    ctx.save_for_backward(*tensors, output[0] if projected else None, *output[2])
 
 
 def _backward(ctx: Any, do: Tensor, d_final: Tensor, _: list[Tensor | None]) -> tuple[Tensor | None, ...]:
-    *tensors, cu_seqlens = ctx.saved_tensors[:8]
-    grads = backward(do, d_final, *tensors, cu_seqlens, ctx.scale, list(ctx.saved_tensors[8:]))
-    return *(g if t is not None else None for g, t in zip(grads, tensors)), None, None, None
+    *tensors, cu_seqlens, o = ctx.saved_tensors[:11]
+    grads = backward(
+        do, d_final, *tensors, cu_seqlens, ctx.scale, ctx.largest_erase, ctx.largest_write, o,
+        list(ctx.saved_tensors[11:]),
+    )  # fmt: skip
+    return *(g if t is not None else None for g, t in zip(grads, tensors)), None, None, None, None, None, None
 
 
 forward.register_autograd(_backward, setup_context=_setup)

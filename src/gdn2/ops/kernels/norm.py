@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from gdn2.ops.kernels.conv import sigmoid
+from gdn2.ops.kernels.maths import sigmoid
 from gdn2.ops.kernels.run import INTERPRET, run
 
 ELEMENTS = 2048  # per tile
@@ -50,7 +50,7 @@ def normalize(
         y *= tl.load(weight_ptr + cols, mask=cols < D, other=0.0).to(tl.float32)[None, :]
     if GATE:
         gate = row_tile(gate_ptr, rows, cols, R, D)
-        y *= gate * sigmoid(gate)
+        y *= gate * sigmoid(gate, tl.float32)
     store_row_tile(y_ptr, y, rows, cols, R, D)
 
 
@@ -73,7 +73,7 @@ def normalize_back(
         n = x * r
         if GATE:
             gate = row_tile(gate_ptr, rows, cols, R, D)
-            s = sigmoid(gate)
+            s = sigmoid(gate, tl.float32)
             slope = s * (1.0 + gate * (1.0 - s))
             store_row_tile(dgate_ptr, h * n * weight[None, :] * slope, rows, cols, R, D)
             h *= gate * s

@@ -1,0 +1,92 @@
+"""The kernels that activate what a layer projects are held to the activations and the recurrence in float64."""
+
+import pytest
+import torch
+from operands import assert_close
+
+from gdn2.ops import rule_from_projections
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+# Relative L2. As in test_launch; a norm and an activation add a rounding each, and the gradients along q and k are sums
+# over value channels.
+BOUNDS = {torch.float32: (5e-6, 2e-5), torch.bfloat16: (6e-3, 1.2e-2), torch.float16: (6e-3, 1.2e-2)}
+NAMES = ("q", "k", "v", "decay", "erase", "write", "rate", "delta", "initial_state")
+
+
+def draw(B=1, T=36, H=1, HV=None, K=16, V=16, N=None, decay="channel", erase="channel", write="channel", size=1.0):
+    """The operands in float64, by name; `decay`, `erase` and `write` say whether channels have gates of their own."""
+    torch.manual_seed(0)
+    HV = HV or H
+    normal = lambda *s: torch.randn(*s, dtype=torch.float64)  # noqa: E731
+    width = {"channel": K, "head": 1}
+    x = {"q": 3 * normal(B, T, H, K), "k": 0.2 * normal(B, T, H, K), "v": normal(B, T, HV, V)}
+    if decay != "none":
+        x |= {"decay": size * normal(B, T, H, width[decay]), "rate": normal(H), "delta": normal(H * width[decay]) - 4}
+    x["erase"] = size * normal(B, T, H, width[erase])
+    x["write"] = size * normal(B, T, HV, V if write == "channel" else 1)
+    return x | {"initial_state": normal(N or B, HV, K, V)}
+
+
+def results(x, backend, **options):
+    o, state = rule_from_projections(
+        *(x.get(name) for name in NAMES[:-1]), initial_state=x["initial_state"], output_final_state=True,
+        backend=backend, **options,
+    )  # fmt: skip
+    generator = torch.Generator().manual_seed(1)
+    upstream = [torch.randn(y.shape, generator=generator, dtype=torch.float64).to(y) for y in (o, state)]
+    gradients = torch.autograd.grad([o, state], list(x.values()), upstream)
+    named = {"o": o, "state": state} | {f"d {name}": g for name, g in zip(x, gradients)}
+    return {name: t.detach().double().cpu() for name, t in named.items()}
+
+
+def held_to_float64(x, dtype=torch.float32, cu_seqlens=None, **options):
+    kept = ("rate", "delta", "initial_state")
+    ours = {n: t.to(DEVICE, torch.float32 if n in kept else dtype).requires_grad_() for n, t in x.items()}
+    exact = {n: t.detach().cpu().double().requires_grad_() for n, t in ours.items()}
+    expected = results(exact, "reference", cu_seqlens=cu_seqlens, **options)
+    got = results(ours, "triton", cu_seqlens=None if cu_seqlens is None else cu_seqlens.to(DEVICE), **options)
+    for outputs, bound in zip((("o", "state"), got.keys() - {"o", "state"}), BOUNDS[dtype]):
+        assert_close({n: got[n] for n in outputs}, {n: expected[n] for n in outputs}, bound)
+
+
+@pytest.mark.parametrize("largest", [1.0, 2.0])
+@pytest.mark.parametrize("shape", [{"T": 1}, {"B": 2, "T": 20, "H": 2, "K": 12, "V": 20}, {"HV": 3, "K": 40}], ids=str)
+def test_projections_match_float64_with_all_gradients(shape, largest):
+    held_to_float64(draw(**shape), largest_erase=largest, largest_write=largest)
+
+
+@pytest.mark.parametrize(("decay", "erase"), [("channel", "head"), ("head", "head"), ("none", "head")])
+def test_projections_of_the_other_rules_match_float64(decay, erase):
+    held_to_float64(draw(H=2, K=24, decay=decay, erase=erase, write="head"))
+
+
+def test_packed_projections_match_float64():
+    held_to_float64(draw(T=40, HV=2, N=4), cu_seqlens=torch.tensor([0, 17, 17, 39, 40]))
+
+
+def test_extreme_projections_match_float64():
+    """Gates at both ends of their range, and decays from none to hundreds of nats a token."""
+    held_to_float64(draw(size=100.0))
+
+
+def test_a_zero_vector_has_finite_gradients():
+    x = draw()
+    x["q"][:, 3] = x["k"][:, 5] = 0
+    held_to_float64(x)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(DEVICE == "cpu", reason="no CUDA device")
+@pytest.mark.parametrize("dtype", BOUNDS)
+@pytest.mark.parametrize(
+    "shape",
+    [
+        {"T": 200, "H": 2, "K": 128, "V": 128},
+        {"T": 150, "H": 2, "HV": 4, "K": 60, "V": 100, "size": 30.0},
+        {"T": 150, "H": 2, "K": 128, "V": 128, "decay": "head", "erase": "head", "write": "head"},
+        {"T": 100, "H": 1, "K": 256, "V": 256},
+    ],
+    ids=str,
+)
+def test_gpu_projections_match_float64(shape, dtype):
+    held_to_float64(draw(**shape), dtype)
