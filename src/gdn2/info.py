@@ -1,5 +1,6 @@
 """What a model costs, from its configuration alone: parameters, state, arithmetic and memory."""
 
+from collections import Counter
 from dataclasses import dataclass, replace
 
 import torch
@@ -52,23 +53,31 @@ def describe(config: ModelConfig, context: int = 4_096) -> ModelInfo:
     if context < 1:
         raise ValueError(f"context is {context}; expected at least 1 token")
     window = context if config.window is None else config.window
+    counts = Counter(config.layer_kinds)  # blocks of a kind are alike: one of each is built
     with torch.device("meta"):
-        model = LanguageModel(replace(config, window=window))
-    layers = model.initial_state(1)
-    states = {name: [t for s in model.initial_state(1, dtype=dtype) for t in s] for name, dtype in DTYPES.items()}
-    linear = sum(m.weight.numel() for m in model.blocks.modules() if isinstance(m, nn.Linear))
+        model = LanguageModel(replace(config, window=window, cell=tuple(counts), num_layers=len(counts)))
+    blocks = list(zip(model.blocks, model.mixers(), counts.values()))
+    states = [(mixer.initial_state(1), n) for _, mixer, n in blocks]
+    linear = sum(n * m.weight.numel() for block, _, n in blocks for m in block.modules() if isinstance(m, nn.Linear))
     forward = 2.0 * (linear + config.vocab_size * config.d_model)
-    forward += sum(mixer.flops(context) for mixer in model.mixers())
-    blocks, parameters = model.num_block_parameters(), model.num_parameters()
+    forward += sum(n * mixer.flops(context) for _, mixer, n in blocks)
+    in_blocks = sum(n * p.numel() for block, _, n in blocks for p in block.parameters())
+    embedding = model.num_parameters() - model.num_block_parameters() - config.d_model  # less the final norm
+    state_bytes, weight_bytes = {}, {}
+    for name, dtype in DTYPES.items():
+        state_bytes[name] = sum(n * t.nbytes for _, mixer, n in blocks for t in mixer.initial_state(1, dtype=dtype))
+        model.to(dtype)
+        again = sum((n - 1) * p.nbytes for block, _, n in blocks for p in block.parameters())
+        weight_bytes[name] = sum(p.nbytes for p in model.parameters()) + again
     return ModelInfo(
-        parameters=parameters,
-        block_parameters=blocks,
-        embedding_parameters=parameters - blocks - config.d_model,
+        parameters=in_blocks + embedding + config.d_model,
+        block_parameters=in_blocks,
+        embedding_parameters=embedding,
         context=context,
-        memory_floats=sum(s.memory.numel() for s in layers if not isinstance(s, AttentionState)),
-        state_floats=sum(t.numel() for t in states["float32"] if t.is_floating_point()),
-        state_bytes={name: sum(t.nbytes for t in tensors) for name, tensors in states.items()},
+        memory_floats=sum(n * s.memory.numel() for s, n in states if not isinstance(s, AttentionState)),
+        state_floats=sum(n * t.numel() for s, n in states for t in s if t.is_floating_point()),
+        state_bytes=state_bytes,
         forward_flops=forward,
         training_flops=3 * forward,
-        weight_bytes={name: sum(p.nbytes for p in model.to(dtype).parameters()) for name, dtype in DTYPES.items()},
+        weight_bytes=weight_bytes,
     )
