@@ -312,8 +312,13 @@ def generate(
 
 @app.command()
 def info(
-    model: Annotated[str, typer.Argument(metavar="PRESET|RUN", help="A preset (see `gdn2 train --keys`), or a run.")],
+    model: Annotated[
+        str, typer.Argument(metavar="PRESET|RUN", help="A preset (see `gdn2 train --keys`), or a run.")
+    ] = "gdn2-1.3b",
     context: Annotated[int, typer.Option(help="Tokens of the sequence that the figures are for.")] = 4_096,
+    compare: Annotated[
+        bool, typer.Option("--compare", help="A table of all presets of the named one's size, a line each.")
+    ] = False,
 ) -> None:
     """Show what a model costs. That is its parameters, state, arithmetic and memory.
 
@@ -321,12 +326,18 @@ def info(
     Examples:
       gdn2 info gdn2-1.3b
       gdn2 info runs/first --context 65536
+      gdn2 info mamba3-mimo-350m --compare
     """
     from gdn2.config import read_config
+    from gdn2.info import compare as table
     from gdn2.info import describe
     from gdn2.model import find_checkpoint
-    from gdn2.presets import preset
+    from gdn2.presets import of_same_size, preset
 
+    if compare:
+        typer.echo(table(of_same_size(model), context))
+        typer.echo(f"for sequences of {context:,} tokens; a cache is a whole state in bytes, of a model in bfloat16")
+        return
     config = read_config(find_checkpoint(model)).model if Path(model).is_dir() else preset(model)
     costs = describe(config, context)
     for name, value in (

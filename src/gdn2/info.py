@@ -1,6 +1,7 @@
 """What a model costs, from its configuration alone: parameters, state, arithmetic and memory."""
 
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 import torch
@@ -11,6 +12,7 @@ from gdn2.layers import AttentionState
 from gdn2.model import LanguageModel
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+LENGTHS = {"4K": 4_096, "1M": 1_048_576}  # tokens whose caches `compare` shows side by side
 
 
 @dataclass(frozen=True)
@@ -81,3 +83,22 @@ def describe(config: ModelConfig, context: int = 4_096) -> ModelInfo:
         training_flops=3 * forward,
         weight_bytes=weight_bytes,
     )
+
+
+def compare(configs: Mapping[str, ModelConfig], context: int = 4_096) -> str:
+    """A table of what models cost, a line each, as text: `ModelInfo` at `context` tokens, and the cache at two lengths.
+
+    The memory is the part of the state that models of a size are matched by. The cache is the whole state in bytes, of
+    a model in bfloat16 (its memories stay float32). ValueError when context is below 1.
+    """
+    heads = ["model", "in blocks", "parameters", "memory floats", "state floats", "FLOPs/token"]
+    rows = [heads + [f"cache at {length}" for length in LENGTHS]]
+    for name, config in configs.items():
+        costs = describe(config, context)
+        numbers = (costs.block_parameters, costs.parameters, costs.memory_floats, costs.state_floats)
+        caches = [describe(config, tokens).state_bytes["bfloat16"] for tokens in LENGTHS.values()]
+        row = [name, *(f"{number:,}" for number in numbers), f"{costs.forward_flops:,.0f}"]
+        rows.append([*row, *(f"{nbytes:,}" for nbytes in caches)])
+    widths = [max(map(len, column)) for column in zip(*rows)]
+    lines = [row[0].ljust(widths[0]) + "".join(c.rjust(w + 2) for c, w in zip(row[1:], widths[1:])) for row in rows]
+    return "\n".join(lines)
