@@ -14,7 +14,7 @@ import torch
 from operands import relative
 from torch import Tensor, nn
 
-from gdn2.layers import GatedDeltaNet, Mamba2
+from gdn2.layers import GatedDeltaNet, KimiDeltaAttention, Mamba2
 from gdn2.layers.attention import rotary_frequencies
 from gdn2.ops import gated_delta_rule, mamba2
 
@@ -24,16 +24,17 @@ with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # its own affair
     pytest.importorskip("transformers")
     sys.modules.update(dict.fromkeys(KERNELS))  # importing a None entry is an ImportError
-    from transformers import LlamaConfig, Mamba2Config, Qwen3NextConfig
+    from transformers import KimiLinearConfig, LlamaConfig, Mamba2Config, Qwen3NextConfig
     from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+    from transformers.models.kimi_linear import modeling_kimi_linear as kimi
     from transformers.models.mamba2 import modeling_mamba2 as their_mamba2
     from transformers.models.qwen3_next import modeling_qwen3_next as qwen
 
     for name in KERNELS:
         del sys.modules[name]
 
-# Float32 on both sides, sums over up to 100 tokens in other orders. Measured: up to 8e-7.
-BOUND = 6e-6
+# Float32 on both sides, sums over up to 100 tokens in other orders. Measured: up to 1.2e-6.
+BOUND = 1e-5
 B, T, D_MODEL, H, K, V = 2, 100, 24, 3, 16, 8
 
 
@@ -99,6 +100,36 @@ def test_gated_delta_net_is_the_layer_of_qwen3_next_with_its_weights() -> None:
     mine = torch.autograd.grad(weighted(y), [x, *(p for p, _ in pairs)])
     its = torch.autograd.grad(weighted(other), [x, theirs.A_log, theirs.dt_bias, theirs.conv1d.weight])
     for a, b in zip(mine, [its[0], *(pick(its) for _, pick in pairs)], strict=True):
+        assert relative(a, b) < BOUND
+
+
+def test_kimi_delta_attention_is_the_layer_of_kimi_linear_with_its_weights() -> None:
+    torch.manual_seed(0)
+    config = KimiLinearConfig(
+        hidden_size=D_MODEL, linear_num_heads=H, linear_head_dim=K, linear_conv_kernel_dim=4, rms_norm_eps=1e-5,
+        num_hidden_layers=1, layer_types=["linear_attention"],
+    )  # fmt: skip
+    theirs = kimi.KimiLinearDeltaAttention(config, 0).eval()
+    ours = noisy(KimiDeltaAttention(D_MODEL, H, K, K))  # the bias of its output gate, which theirs has not, starts at 0
+    nn.init.normal_(ours.norm.weight)
+    decay, gate = ours.gates.decay, ours.output_gate
+    theirs.load_state_dict(
+        {
+            **{f"{name}_proj.weight": getattr(ours, f"{name}_proj").weight for name in "qkv"},
+            "conv1d.weight": torch.cat([ours.conv_q, ours.conv_k, ours.conv_v])[:, None],
+            "forget_gate.f_a_proj.weight": decay.projection[0].weight,
+            "forget_gate.f_b_proj.weight": decay.projection[1].weight,
+            "forget_gate.dt_bias": decay.delta, "forget_gate.A_log": decay.rate.view(1, 1, H, 1),
+            "b_proj.weight": ours.gates.beta.weight, "g_a_proj.weight": gate[0].weight,
+            "g_b_proj.weight": gate[1].weight, "o_norm.weight": ours.norm.weight, "o_proj.weight": ours.out_proj.weight,
+        }
+    )  # fmt: skip
+    x = torch.randn(B, T, D_MODEL, requires_grad=True)
+    y, other = ours(x)[0], theirs(x)
+    assert relative(y, other) < BOUND
+    mine = torch.autograd.grad(weighted(y), [x, decay.delta, ours.gates.beta.weight])
+    leaves = [x, theirs.forget_gate.dt_bias, theirs.b_proj.weight]
+    for a, b in zip(mine, torch.autograd.grad(weighted(other), leaves), strict=True):
         assert relative(a, b) < BOUND
 
 
