@@ -1,9 +1,11 @@
+from pathlib import Path
+
 import pytest
 import torch
 
 from gdn2 import LanguageModel, preset
-from gdn2.info import describe
-from gdn2.presets import preset_names
+from gdn2.info import compare, describe
+from gdn2.presets import of_same_size, preset_names
 
 SIZES = {"1.3b": 1.3e9, "350m": 350e6, "150m": 150e6, "50m": 50e6, "10m": 10e6, "tiny": 1e6}
 MIXERS = ("gdn2", "kda", "gdn", "deltanet", "mamba2", "mamba3", "mamba3-mimo")
@@ -116,6 +118,12 @@ def test_tiny_reads_bytes_through_a_short_window() -> None:
         assert preset(name).vocab_size == 257
         assert "full" in name or preset(name).window <= 128
     assert {preset(name).vocab_size for name in preset_names() if "tiny" not in name} == {32_000}
+
+
+def test_the_documented_comparison_is_the_current_one() -> None:
+    documented = (Path(__file__).parents[1] / "docs" / "baselines.md").read_text(encoding="utf-8").splitlines()
+    for line in compare(of_same_size("gdn2-1.3b")).splitlines():
+        assert line in documented
 
 
 def test_an_unknown_name_is_answered_with_the_known_ones() -> None:
