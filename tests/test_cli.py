@@ -117,6 +117,21 @@ def test_eval_shows_and_keeps_results(run, capsys):
     assert second["recall"] == first["recall"]
 
 
+def test_eval_takes_other_rotary_positions_for_longer_texts(run, capsys):
+    losses = []
+    for settings in (
+        [],
+        ["model.rope_scaling=ntk", "model.rope_factor=1"],
+        ["model.rope_scaling=ntk", "model.rope_factor=8"],
+    ):
+        assert call("eval", run, *settings, "--tasks", "perplexity", "--length", 100, "--tokens", 300) == 0
+        result = json.loads((run / "eval.json").read_text())["perplexity"]
+        assert result["settings"] == settings
+        losses.append(result["nats"])
+    # A base that stays the same is no other model; what eight times the length does to this one is small, and there.
+    assert losses[0] == losses[1] != losses[2] == pytest.approx(losses[0], rel=0.1)
+
+
 def test_eval_of_a_packed_run_is_its_last_validation(shards, tmp_path):
     run = tmp_path / "run"
     arguments = ["train", "--preset", "gdn2-hybrid-tiny", "--run", run, f"data.path={shards}", *TINY]
@@ -306,6 +321,9 @@ def test_train_refuses_before_anything_is_written(tmp_path, capsys, arguments, m
         (["eval", "RUN", "--tasks", "niah_single_1", "--length", "50"], "length is 50 tokens; expected at least"),
         (["eval", "RUN", "--data", "nowhere"], "'nowhere' is no folder of token shards"),
         (["eval", "nowhere"], "'nowhere' holds no checkpoint"),
+        (["eval", "RUN", "optim.lr=1"], "setting 'optim.lr=1'; expected model.key=value"),
+        (["eval", "RUN", "model.rope_scaling=linear"], "model.rope_scaling is 'linear'; expected one of"),
+        (["eval", "RUN", "model.mlp_width=8"], "does not fit the given configuration: blocks.0.mlp.down.weight has"),
         (["eval", "RUN", "--device", "cuda:99"], "--device is 'cuda:99'; expected a device of this machine"),
         (["generate", "RUN", "--prompt", "a", "--device", "tpu"], "--device is 'tpu'; expected auto, cpu, cuda or"),
         (["generate", "nowhere", "--prompt", "a"], "'nowhere' holds no checkpoint"),
