@@ -6,7 +6,7 @@ CORES := $(shell getconf _NPROCESSORS_ONLN)
 BIN := .venv/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint format types dist bench clean
+.PHONY: help setup demo test lint format types dist bench crosscheck clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 16
@@ -59,6 +59,11 @@ dist: .venv/torch-$(TORCH) ## build wheel and sdist, install each in a clean env
 bench: .venv/torch-$(TORCH) ## time the operator on this machine's CPU, beside fla-core's naive loops
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps fla-core==0.6.0
 	$(BIN)/python benchmarks/cpu_operator.py
+
+crosscheck: .venv/torch-$(TORCH) ## hold the mixers to fla-core's naive functions and to the layers of transformers
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps fla-core==0.6.0
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint .venv/constraints.txt einops==0.8.2 transformers
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/crosschecks
 
 clean: ## remove everything that the other targets made
 	rm -rf .venv dist runs corpora .pytest_cache .mypy_cache .ruff_cache

@@ -77,7 +77,7 @@ def test_public_names_are_pinned():
     assert set(gdn2.__all__) == {"LanguageModel", "ModelConfig", "__version__", "preset"}
     assert set(gdn2.ops.__all__) == {
         "gated_delta_rule_2", "kda", "gated_delta_rule", "delta_rule", "mamba2", "mamba3", "Mamba3Memory",
-        "debug_checks",
+        "debug_checks", "rule_from_projections",
     }  # fmt: skip
     assert set(gdn2.layers.__all__) == {
         "GatedDeltaNet2", "KimiDeltaAttention", "GatedDeltaNet", "DeltaNet", "Mamba2", "Mamba3",

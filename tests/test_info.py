@@ -5,7 +5,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from gdn2 import LanguageModel, ModelConfig
-from gdn2.info import describe
+from gdn2.info import compare, describe
 
 SMALL = ModelConfig(
     vocab_size=13, d_model=12, num_layers=4, mlp_width=20, cell=("mixer", "attention"), num_heads=2, num_value_heads=4,
@@ -100,6 +100,24 @@ def test_linear_flops_match_torch_own_count() -> None:
     counted = sum(n for op, n in counter.get_flop_counts()["Global"].items() if str(op) in ("aten.mm", "aten.addmm"))
     rest = 4 * (2 * 4 * (6 + 6 + 20) + 7 * 4 * 3 * 5)
     assert counted == T * (describe(config).forward_flops - rest)
+
+
+def test_comparison_is_a_line_of_the_counts_for_each_model() -> None:
+    models = {"window": SMALL, "full": replace(SMALL, window=None)}
+    head, *lines = compare(models, context=10).splitlines()
+    assert head.split()[-6:] == ["cache", "at", "4K", "cache", "at", "1M"]
+    assert len({len(line) for line in (head, *lines)}) == 1  # columns under their heads
+    for (name, config), line in zip(models.items(), lines, strict=True):
+        info, caches = describe(config, 10), [describe(config, n).state_bytes["bfloat16"] for n in (2**12, 2**20)]
+        expected = [info.block_parameters, info.parameters, info.memory_floats, info.state_floats]
+        first, *numbers = line.replace(",", "").split()
+        assert first == name
+        assert [int(n) for n in numbers] == [*expected, round(info.forward_flops), *caches]
+    # Keys and values of d_model bfloat16 numbers in each of two attention layers: only full attention's cache grows.
+    assert [int(lines[1].replace(",", "").split()[i]) for i in (-1, -2)] == [
+        caches[1], caches[1] - 2 * 2 * 12 * 2 * (2**20 - 2**12)
+    ]  # fmt: skip
+    assert lines[0].split()[-1] == lines[0].split()[-2]
 
 
 def test_context_must_hold_a_token() -> None:

@@ -1,9 +1,11 @@
+from pathlib import Path
+
 import pytest
 import torch
 
 from gdn2 import LanguageModel, preset
-from gdn2.info import describe
-from gdn2.presets import preset_names
+from gdn2.info import compare, describe
+from gdn2.presets import of_same_size, preset_names
 
 SIZES = {"1.3b": 1.3e9, "350m": 350e6, "150m": 150e6, "50m": 50e6, "10m": 10e6, "tiny": 1e6}
 MIXERS = ("gdn2", "kda", "gdn", "deltanet", "mamba2", "mamba3", "mamba3-mimo")
@@ -20,7 +22,8 @@ def of_size(size: str) -> list[str]:
 
 
 def test_every_mixer_has_a_recurrent_and_a_hybrid_model_of_every_size() -> None:
-    families = {f"{mixer}{hybrid}" for mixer in MIXERS for hybrid in ("", "-hybrid")} | {"transformer"}
+    families = {f"{mixer}{hybrid}" for mixer in MIXERS for hybrid in ("", "-hybrid")}
+    families |= {"transformer", "transformer-full"}
     assert set(preset_names()) == {f"{family}-{size}" for family in families for size in SIZES}
 
 
@@ -75,12 +78,28 @@ def test_models_of_a_size_have_matched_parameters_and_memories(size: str) -> Non
 
 
 @pytest.mark.parametrize("size", SIZES)
+def test_no_other_mlp_width_of_the_same_step_comes_closer(size: str) -> None:
+    """The widths are solved, not chosen: one step up or down is farther from the size's parameters."""
+    step = {"1.3b": 32, "350m": 16, "150m": 16, "50m": 8, "10m": 8, "tiny": 4}[size]
+    reference = 1.3e9 if size == "1.3b" else describe(preset(f"gdn2-{size}")).block_parameters
+    for name in of_size(size):
+        if name == "gdn2-1.3b":  # published
+            continue
+        config = preset(name)
+        assert config.mlp_width % step == 0, name
+        # A channel of the MLP has three weights of d_model; half a step is the farthest that the closest width can be.
+        half = 3 * config.d_model * config.num_layers * step / 2
+        assert abs(describe(config).block_parameters - reference) <= half, name
+
+
+@pytest.mark.parametrize("size", SIZES)
 def test_models_of_a_size_share_everything_but_the_mixer(size: str) -> None:
     gdn2 = preset(f"gdn2-{size}")
     for name in of_size(size):
         config = preset(name)
-        for key in ("d_model", "num_layers", "vocab_size", "attention_heads", "window", "rope_base", "norm_eps"):
+        for key in ("d_model", "num_layers", "vocab_size", "attention_heads", "rope_base", "norm_eps"):
             assert getattr(config, key) == getattr(gdn2, key), name
+        assert config.window == (None if "full" in name else gdn2.window), name
         expected = ("attention",) if "transformer" in name else ("mixer", "attention") if "hybrid" in name else None
         assert config.cell == (expected or ("mixer",))
         assert expected is None or config.num_layers % len(expected) == 0
@@ -97,8 +116,14 @@ def test_names_say_the_mixer() -> None:
 def test_tiny_reads_bytes_through_a_short_window() -> None:
     for name in of_size("tiny"):
         assert preset(name).vocab_size == 257
-        assert preset(name).window <= 128
+        assert "full" in name or preset(name).window <= 128
     assert {preset(name).vocab_size for name in preset_names() if "tiny" not in name} == {32_000}
+
+
+def test_the_documented_comparison_is_the_current_one() -> None:
+    documented = (Path(__file__).parents[1] / "docs" / "baselines.md").read_text(encoding="utf-8").splitlines()
+    for line in compare(of_same_size("gdn2-1.3b")).splitlines():
+        assert line in documented
 
 
 def test_an_unknown_name_is_answered_with_the_known_ones() -> None:

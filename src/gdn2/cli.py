@@ -196,6 +196,13 @@ def train(
 @app.command("eval")
 def evaluate(
     run: Run,
+    settings: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="model.KEY=VALUE",
+            help="Settings of the model in place of the run's, for texts longer than in training: rope_scaling, ...",
+        ),
+    ] = None,
     tasks: Annotated[
         str,
         typer.Option(
@@ -218,6 +225,7 @@ def evaluate(
     Examples:
       gdn2 eval runs/first
       gdn2 eval runs/first --tasks perplexity --length 8192
+      gdn2 eval runs/first --length 8192 model.rope_scaling=ntk model.rope_factor=4
       gdn2 eval runs/first --tasks niah_single_1,niah_multikey_1 --length 2048 --samples 500
     """
     from rich.console import Console
@@ -226,7 +234,8 @@ def evaluate(
     from gdn2.evaluation import report
 
     names = report.check_tasks([name.strip() for name in tasks.split(",")])
-    loaded = load(run, device)
+    changed = list(settings or ())
+    loaded = load(run, device, changed)
     shards = Shards(data or loaded.config.data.path)
     if load_tokenizer(shards.path).definition() != loaded.tokenizer.definition():
         raise ValueError(
@@ -237,7 +246,7 @@ def evaluate(
     results = report.read(run / "eval.json")
     for name in names:
         with loaded.autocast, counting(name) as progress:
-            results[name] = {"checkpoint": loaded.checkpoint} | report.evaluate(
+            results[name] = {"checkpoint": loaded.checkpoint, "settings": changed} | report.evaluate(
                 name,
                 loaded.model,
                 loaded.tokenizer,
@@ -312,8 +321,13 @@ def generate(
 
 @app.command()
 def info(
-    model: Annotated[str, typer.Argument(metavar="PRESET|RUN", help="A preset (see `gdn2 train --keys`), or a run.")],
+    model: Annotated[
+        str, typer.Argument(metavar="PRESET|RUN", help="A preset (see `gdn2 train --keys`), or a run.")
+    ] = "gdn2-1.3b",
     context: Annotated[int, typer.Option(help="Tokens of the sequence that the figures are for.")] = 4_096,
+    compare: Annotated[
+        bool, typer.Option("--compare", help="A table of all presets of the named one's size, a line each.")
+    ] = False,
 ) -> None:
     """Show what a model costs. That is its parameters, state, arithmetic and memory.
 
@@ -321,12 +335,18 @@ def info(
     Examples:
       gdn2 info gdn2-1.3b
       gdn2 info runs/first --context 65536
+      gdn2 info mamba3-mimo-350m --compare
     """
     from gdn2.config import read_config
+    from gdn2.info import compare as table
     from gdn2.info import describe
     from gdn2.model import find_checkpoint
-    from gdn2.presets import preset
+    from gdn2.presets import of_same_size, preset
 
+    if compare:
+        typer.echo(table(of_same_size(model), context))
+        typer.echo(f"for sequences of {context:,} tokens; a cache is a whole state in bytes, of a model in bfloat16")
+        return
     config = read_config(find_checkpoint(model)).model if Path(model).is_dir() else preset(model)
     costs = describe(config, context)
     for name, value in (
@@ -374,8 +394,8 @@ class Loaded(NamedTuple):
     autocast: AbstractContextManager[Any]
 
 
-def load(run: Path, device: str) -> Loaded:
-    from gdn2.config import check_device, read_config
+def load(run: Path, device: str, settings: Sequence[str] = ()) -> Loaded:
+    from gdn2.config import ConfigError, RunConfig, build, check_device, override, read_config, to_dict
     from gdn2.data import load_tokenizer
     from gdn2.model import LanguageModel, find_checkpoint
     from gdn2.training.checkpoint import verify
@@ -386,10 +406,14 @@ def load(run: Path, device: str) -> Loaded:
     if (folder / "trainer.json").is_file():  # it holds the checksums; weights without their training have none
         verify(folder, optimizer=False)
     config = read_config(folder)
+    for setting in settings:
+        if not setting.startswith("model."):
+            raise ConfigError(f"setting {setting!r}; expected model.key=value")
+    if settings:
+        config = build(RunConfig, override(to_dict(config), settings))
     where, autocast, _ = resolve_device(replace(config, train=replace(config.train, device=device)), "--device")
-    return Loaded(
-        LanguageModel.from_checkpoint(folder, where), load_tokenizer(folder), config, folder.name, where, autocast
-    )
+    model = LanguageModel.from_checkpoint(folder, where, config.model if settings else None)
+    return Loaded(model, load_tokenizer(folder), config, folder.name, where, autocast)
 
 
 @contextmanager

@@ -214,16 +214,20 @@ class LanguageModel(nn.Module):
         return sum(p.numel() for p in self.blocks.parameters())
 
     @classmethod
-    def from_checkpoint(cls, path: str | Path, device: torch.device | str = "cpu") -> "LanguageModel":
+    def from_checkpoint(
+        cls, path: str | Path, device: torch.device | str = "cpu", config: ModelConfig | None = None
+    ) -> "LanguageModel":
         """The model of a checkpoint folder, or of the newest checkpoint of a run's folder, in float32 and eval mode.
 
-        ValueError when there is none, or its weights do not fit its configuration.
+        `config` replaces the checkpoint's own, with another window, say, or other rotary positions for longer texts.
+        ValueError when there is no checkpoint, or its weights do not fit the configuration.
         """
         from safetensors import SafetensorError
         from safetensors.torch import load_file
 
         folder = find_checkpoint(path)
-        config = read_config(folder).model
+        source = "its config.yaml" if config is None else "the given configuration"
+        config = read_config(folder).model if config is None else config
         try:
             weights = load_file(folder / "model.safetensors", device=str(device))
         except SafetensorError as error:
@@ -235,7 +239,7 @@ class LanguageModel(nn.Module):
         for name in sorted(expected.keys() | found.keys()):
             if expected.get(name) != found.get(name):
                 raise ValueError(
-                    f"{folder / 'model.safetensors'} does not fit its config.yaml: {name} has shape "
+                    f"{folder / 'model.safetensors'} does not fit {source}: {name} has shape "
                     f"{found.get(name, 'missing')}; expected {expected.get(name, 'no such parameter')}"
                 )
         model.to_empty(device=device).load_state_dict(weights)

@@ -1,4 +1,4 @@
-"""Named models: a recurrent and a hybrid one of each mixer at each size, and a Transformer.
+"""Named models: a recurrent and a hybrid one of each mixer at each size, and Transformers of window and full attention.
 
 All of a size have the same blocks, width and depth, recurrent memories of as many numbers a layer and, by the width of
 their MLPs, as many parameters in their blocks, which is what a size is called after ("tiny": about a million with
@@ -23,7 +23,7 @@ _SHAPES = {
 # others come closest to 1.3e9 parameters in the blocks; below that they come closest to gdn2's recurrent model. Widths
 # are multiples of 32 at 1.3b, 16 at 350m and 150m, 8 at 50m and 10m, 4 at tiny.
 _WIDTHS: dict[str, tuple[tuple[int, ...], ...]] = {
-    "gdn2": ((6_208, 3_424, 1_920, 1_536, 704, 288), (6_784, 3_744, 2_256, 1_792, 832, 376)),
+    "gdn2": ((6_208, 3_424, 1_920, 1_536, 704, 288), (6_784, 3_760, 2_256, 1_792, 832, 376)),
     "kda": ((7_552, 4_096, 2_432, 1_872, 872, 372), (7_456, 4_096, 2_512, 1_968, 920, 420)),
     "gdn": ((7_008, 3_920, 2_336, 1_872, 872, 416), (7_200, 4_016, 2_480, 1_968, 920, 440)),
     "deltanet": ((7_712, 4_272, 2_608, 2_048, 960, 460), (7_552, 4_176, 2_608, 2_048, 960, 460)),
@@ -31,6 +31,7 @@ _WIDTHS: dict[str, tuple[tuple[int, ...], ...]] = {
     "mamba3": ((6_240, 3_504, 2_016, 1_648, 752, 344), (6_816, 3_808, 2_320, 1_848, 856, 404)),
     "mamba3-mimo": ((6_112, 3_376, 1_888, 1_504, 680, 268), (6_752, 3_728, 2_240, 1_776, 824, 368)),
     "transformer": ((7_392, 4_096, 2_608, 2_056, 968, 464),),
+    "transformer-full": ((7_392, 4_096, 2_608, 2_056, 968, 464),),
 }
 _CELLS: dict[str, tuple[str, ...]] = {"": ("mixer",), "hybrid-": ("mixer", "attention")}
 
@@ -45,10 +46,12 @@ def _models() -> dict[str, ModelConfig]:
 
 
 def _model(mixer: str, size: str, cell: tuple[str, ...], mlp_width: int) -> ModelConfig:
-    layers, d_model, heads, channels, attention_heads, window, vocab = _SHAPES[size]
+    layers, d_model, heads, channels, attention_heads, keys, vocab = _SHAPES[size]
+    window: int | None = keys
     options: dict[str, Any] = {"mixer": mixer}
-    if mixer == "transformer":
+    if mixer.startswith("transformer"):
         options, cell = {}, ("attention",)
+        window = None if mixer == "transformer-full" else window
     elif mixer.startswith("mamba"):
         heads, channels = 4 * heads, channels // 2
         if mixer == "mamba3-mimo":

@@ -1,32 +1,13 @@
-import cmath
 import math
 from typing import Any
 
 import pytest
+import token_by_token
 import torch
 from torch import Tensor
 
 from gdn2.layers import AttentionState, SlidingWindowAttention
 from gdn2.layers.attention import _blocked, _masked, mean_keys, rotary_angles, rotary_frequencies, rotate
-
-
-def definition(layer: SlidingWindowAttention, x: Tensor) -> Tensor:
-    """One sequence [T, d_model]: rotary as complex numbers, a softmax per query over the keys in its window."""
-    T, (H, D) = x.shape[0], (layer.num_heads, layer.head_dim)
-    q, k, v = (p(x).view(T, H, D) for p in (layer.q_proj, layer.k_proj, layer.v_proj))
-
-    def turned(u: Tensor) -> Tensor:
-        numbers = torch.complex(u[..., : D // 2], u[..., D // 2 :])
-        turns = [[cmath.exp(1j * t * 100.0 ** (-2 * i / D)) for i in range(D // 2)] for t in range(T)]
-        return numbers * torch.tensor(turns, dtype=torch.complex128)[:, None]
-
-    scores = torch.einsum("ihd,jhd->hij", turned(q), turned(k).conj()).real / math.sqrt(D)
-    out = torch.zeros(T, H, D, dtype=x.dtype)
-    for t in range(T):
-        first = 0 if layer.window is None else max(0, t - layer.window + 1)
-        weights = torch.softmax(scores[:, t, first : t + 1], dim=-1)
-        out[t] = torch.einsum("hj,jhd->hd", weights, v[first : t + 1])
-    return layer.out_proj(out.flatten(1))
 
 
 def attention(window: int | None, d_model: int = 12, heads: int = 2) -> SlidingWindowAttention:
@@ -43,9 +24,8 @@ def test_layer_matches_the_definition(window: int | None) -> None:
     layer = attention(window)
     x = torch.randn(2, 19, 12, dtype=torch.float64)
     y, _ = layer(x)
-    for n in range(2):
-        # Angles are rounded to float32, 3e-7 for an angle near 2 pi, and move the outputs (near 1) by about that.
-        torch.testing.assert_close(y[n], definition(layer, x[n]), rtol=0, atol=2e-6)
+    # Angles are rounded to float32, 3e-7 for an angle near 2 pi, and move the outputs (near 1) by about that.
+    torch.testing.assert_close(y, token_by_token.attention(layer, x, window, 100.0)[0], rtol=0, atol=2e-6)
 
 
 @pytest.mark.parametrize("tokens", [1, 4, 5, 16, 17, 23])

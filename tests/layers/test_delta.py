@@ -3,11 +3,9 @@ from typing import Any
 
 import pytest
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from gdn2.layers import DeltaState, GatedDeltaNet2
-from gdn2.ops.reference import recurrence
 
 
 def random_layer(*args: Any, **keywords: Any) -> GatedDeltaNet2:
@@ -18,39 +16,6 @@ def random_layer(*args: Any, **keywords: Any) -> GatedDeltaNet2:
         if p.ndim > 1:
             torch.nn.init.normal_(p, std=p.shape[1] ** -0.5)
     return layer
-
-
-@pytest.mark.parametrize("negative", [False, True])
-def test_layer_matches_the_specification(negative: bool) -> None:
-    """Section 4 written out once more, around the reference recurrence, with grouped value heads and K != V."""
-    H, HV, K, V, width = 2, 4, 3, 5, 4
-    layer = random_layer(7, H, HV, K, V, width, negative).double()
-    torch.nn.init.normal_(layer.norm.weight)
-    torch.nn.init.normal_(layer.output_gate[1].bias)
-    x = torch.randn(2, 11, 7, dtype=torch.float64)
-
-    def stream(projection: torch.nn.Linear, weight: Tensor, channels: int) -> Tensor:
-        u = F.pad(projection(x).mT, (width - 1, 0))
-        return F.silu(F.conv1d(u, weight[:, None], groups=weight.shape[0])).mT.unflatten(-1, (-1, channels))
-
-    def unit(u: Tensor) -> Tensor:
-        return u / torch.sqrt((u * u).sum(-1, keepdim=True) + 1e-6)
-
-    q, k = unit(stream(layer.q_proj, layer.conv_q, K)), unit(stream(layer.k_proj, layer.conv_k, K))
-    v = stream(layer.v_proj, layer.conv_v, V)
-    b = torch.sigmoid(layer.gates.erase(x)).unflatten(-1, (H, K)) * (2 if negative else 1)
-    w = torch.sigmoid(layer.gates.write(x)).unflatten(-1, (HV, V))
-    decay = layer.gates.decay
-    g = -decay.rate.exp()[:, None] * F.softplus(decay.projection(x) + decay.delta).unflatten(-1, (H, K))
-    o, S = recurrence(q, k, v, g, b, w, scale=K**-0.5)
-    normed = o / torch.sqrt((o * o).mean(-1, keepdim=True) + 1e-5) * layer.norm.weight
-    expected = layer.out_proj((normed * F.silu(layer.output_gate(x)).unflatten(-1, (HV, V))).flatten(-2))
-
-    y, state = layer(x)
-    # Float64: the chunkwise operator and the token loop agree to about 1e-14, the output norm may raise that tenfold.
-    torch.testing.assert_close(y, expected, rtol=1e-11, atol=1e-11)
-    torch.testing.assert_close(state.memory, S, rtol=1e-11, atol=1e-11)
-    assert torch.equal(state.conv_v, layer.v_proj(x)[:, -3:])
 
 
 @pytest.mark.parametrize("ablated", [("erase",), ("write",), ("erase", "write")])

@@ -39,7 +39,7 @@ class Config:
 # By bytes of an operand: (largest padded head size, configuration), first match. Each was run and checked on an H100.
 CONFIGS = {
     2: (
-        (128, Config(64, (64, 128, 4, 1), (64, 64, 4, 1), (64, 4, 3), (32, 4, 3), (128, 4, 1), (64, 64, 4, 1),
+        (128, Config(64, (64, 64, 4, 2), (64, 64, 4, 1), (64, 4, 3), (32, 4, 3), (64, 4, 1), (64, 64, 4, 1),
                      (64, 64, 4, 1))),
         (256, Config(32, (64, 64, 4, 1), (64, 64, 4, 1), (64, 4, 2), (64, 4, 2), (64, 4, 1), (64, 64, 4, 1),
                      (64, 64, 4, 1))),
