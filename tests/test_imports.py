@@ -22,10 +22,11 @@ ALLOWED = {
     "model": {"config", "layers", "ops"},
     "presets": {"config"},
     "info": {"config", "model", "layers"},
-    "generate": {"model"},
+    "generate": {"layers", "model"},
     "data": set(),
     "training": {"config", "data", "generate", "layers", "model"},
     "evaluation": {"data", "generate", "model"},
+    "inference": {"data", "generate", "layers", "model"},
     "__init__": {"config", "model", "presets"},
 }
 # Top-level packages that may be imported at module level; anything else is imported where it is used.

@@ -11,6 +11,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from gdn2.layers.state import join_states, state_rows
 from gdn2.model import LanguageModel
 
 
@@ -101,7 +102,7 @@ def _tokens(
     model.eval()
     try:
         hidden, states = _prefill(model, prompts, chunk)
-        groups = [(rows, _join([states[r] for r in rows])) for rows in _alike(states, _shape)]
+        groups = [(rows, join_states([states[r] for r in rows])) for rows in _alike(states, _shape)]
         del states
         for remaining in range(max_new_tokens, 0, -1):
             logits = model.logits(hidden)
@@ -138,9 +139,9 @@ def _prefill(model: LanguageModel, prompts: Sequence[Sequence[int]], chunk: int)
             if not pieces[rows[0]]:
                 continue
             tokens = torch.tensor([list(pieces[r]) for r in rows], device=device)
-            hidden, state = model(tokens, None if start == 0 else _join([states[r] for r in rows]))
+            hidden, state = model(tokens, None if start == 0 else join_states([states[r] for r in rows]))
             for i, row in enumerate(rows):
-                last[row], states[row] = hidden[i, -1], _row(state, i)
+                last[row], states[row] = hidden[i, -1], state_rows(state, slice(i, i + 1))
     return torch.stack(last), states
 
 
@@ -155,15 +156,6 @@ def _alike(items: Sequence[Any], key: Callable[[Any], Hashable]) -> list[list[in
 def _shape(state: Any) -> Hashable:
     """What must agree for states to be joined; only full attention's keys and values grow with the text."""
     return tuple(tensor.shape for block in state for tensor in block)
-
-
-def _join(states: Sequence[Any]) -> Any:
-    """One state with the rows of all `states`; each is a tuple of blocks, a block a named tuple of [N, ...] tensors."""
-    return tuple(type(blocks[0])(*map(torch.cat, zip(*blocks))) for blocks in zip(*states))
-
-
-def _row(state: Any, row: int) -> Any:
-    return tuple(type(block)(*(tensor[row : row + 1] for tensor in block)) for block in state)
 
 
 def _choose(logits: Tensor, temperature: float, top_k: int, top_p: float, uniform: Tensor) -> Tensor:
