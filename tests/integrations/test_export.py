@@ -6,30 +6,16 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from runs import BYTES, save_run
 from small import MODELS, small_model
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from gdn2.cli import main
-from gdn2.config import DataConfig, RunConfig, write_config
 from gdn2.data import load_tokenizer
 from gdn2.generate import generate_text
 from gdn2.integrations.export import export, transformers_tokenizer
 
-BYTES = load_tokenizer("bytes")
 TEXT = "naïve – 日本 <|endoftext|> \x00\n\t  x"
-
-
-def save_run(folder, model, tokenizer=BYTES):
-    """A run's folder with one checkpoint, as far as reading it goes."""
-    from safetensors.torch import save_file
-
-    config = RunConfig(model=model.config, data=DataConfig(seq_len=128))
-    checkpoint = folder / "checkpoints" / "step_00000001"
-    checkpoint.mkdir(parents=True)
-    save_file(dict(model.named_parameters()), checkpoint / "model.safetensors")
-    write_config(checkpoint, config)
-    tokenizer.save(checkpoint)
-    return config
 
 
 @pytest.fixture(scope="module")
