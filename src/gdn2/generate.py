@@ -76,7 +76,7 @@ def generate(
         seed = torch.Generator().seed() % 2**63
 
     def choose(logits: Tensor, uniform: Tensor) -> Tensor:
-        return _choose(logits, temperature, top_k, top_p, uniform)
+        return sample_tokens(logits, temperature, top_k, top_p, uniform)
 
     return _tokens(model, prompts, max_new_tokens, choose, seed, frozenset(stop_tokens), chunk)
 
@@ -158,7 +158,7 @@ def _shape(state: Any) -> Hashable:
     return tuple(tensor.shape for block in state for tensor in block)
 
 
-def _choose(logits: Tensor, temperature: float, top_k: int, top_p: float, uniform: Tensor) -> Tensor:
+def sample_tokens(logits: Tensor, temperature: float, top_k: int, top_p: float, uniform: Tensor) -> Tensor:
     """Token ids [N] from logits [N, vocab], by inverting the cumulative distribution at `uniform` [N] in [0, 1)."""
     if temperature == 0:
         return logits.argmax(-1)
