@@ -61,7 +61,7 @@ def test_version(capsys):
     assert capsys.readouterr().out == f"gdn2 {gdn2.__version__}\n"
 
 
-@pytest.mark.parametrize("command", ["prepare", "train", "eval", "generate", "info", "plot"])
+@pytest.mark.parametrize("command", ["prepare", "train", "eval", "generate", "export", "info", "plot"])
 def test_help_has_an_example_that_keeps_its_line(capsys, command):
     assert call(command, "--help") == 0
     lines = [line.strip() for line in capsys.readouterr().out.splitlines()]
@@ -81,7 +81,9 @@ def test_train_lists_every_setting_and_preset(capsys):
 def test_help_lists_every_command(capsys):
     assert call("--help") == 0
     out = capsys.readouterr().out
-    assert all(f"\n  {command} " in out for command in ["prepare", "train", "eval", "generate", "info", "plot"])
+    assert all(
+        f"\n  {command} " in out for command in ["prepare", "train", "eval", "generate", "export", "info", "plot"]
+    )
     assert "--install-completion" in out
 
 

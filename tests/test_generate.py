@@ -12,7 +12,7 @@ from torch import nn
 
 from gdn2.config import ModelConfig
 from gdn2.data import load_tokenizer
-from gdn2.generate import StopStrings, _choose, generate, generate_text
+from gdn2.generate import StopStrings, generate, generate_text, sample_tokens
 from gdn2.model import LanguageModel
 
 BYTES = load_tokenizer("bytes")
@@ -172,7 +172,7 @@ def probabilities(logits, draws=4_000, **settings):
     """Frequencies over evenly spread uniforms: exact to 1 / draws."""
     uniform = (torch.arange(draws, dtype=torch.float64) + 0.5) / draws
     settings = {"temperature": 1.0, "top_k": 0, "top_p": 1.0} | settings
-    chosen = _choose(torch.tensor(logits).expand(draws, -1), uniform=uniform, **settings)
+    chosen = sample_tokens(torch.tensor(logits).expand(draws, -1), uniform=uniform, **settings)
     return torch.bincount(chosen, minlength=len(logits)) / draws
 
 
@@ -202,7 +202,7 @@ def test_sampling_follows_the_distribution(settings, expected):
 def test_extreme_uniforms_choose_possible_tokens():
     logits = torch.tensor([[0.0, -torch.inf, 1.0, -torch.inf]]).repeat(2, 1)
     uniform = torch.tensor([0.0, 1 - 2**-53], dtype=torch.float64)
-    assert _choose(logits, 1.0, 0, 1.0, uniform).tolist() == [2, 0]
+    assert sample_tokens(logits, 1.0, 0, 1.0, uniform).tolist() == [2, 0]
 
 
 @pytest.mark.parametrize(

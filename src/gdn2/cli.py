@@ -206,7 +206,8 @@ def evaluate(
     tasks: Annotated[
         str,
         typer.Option(
-            help="Comma-separated: perplexity, recall, niah_single_1, niah_single_2, niah_single_3, niah_multikey_1."
+            help="Comma-separated: perplexity, recall, niah_single_1, niah_single_2, niah_single_3, niah_multikey_1, "
+            "and lm_eval:NAME for a task of lm-evaluation-harness."
         ),
     ] = "perplexity,recall",
     length: Annotated[
@@ -217,6 +218,7 @@ def evaluate(
     tokens: Annotated[int | None, typer.Option(min=1, help="Tokens to score; else as the run's validation.")] = None,
     data: Annotated[Path | None, typer.Option(help="Folder of token shards; else the run's own.")] = None,
     seed: Annotated[int, typer.Option(help="Seed of the questions.")] = 0,
+    task_path: Annotated[Path | None, typer.Option(help="Folder with further tasks of lm-evaluation-harness.")] = None,
     device: Device = "auto",
 ) -> None:
     """Measure a model on held-out text. The results are shown, and kept in RUN/eval.json.
@@ -227,30 +229,26 @@ def evaluate(
       gdn2 eval runs/first --tasks perplexity --length 8192
       gdn2 eval runs/first --length 8192 model.rope_scaling=ntk model.rope_factor=4
       gdn2 eval runs/first --tasks niah_single_1,niah_multikey_1 --length 2048 --samples 500
+      gdn2 eval runs/first --tasks lm_eval:piqa,lm_eval:mine --task-path my_tasks
     """
     from rich.console import Console
 
-    from gdn2.data import Shards, load_tokenizer
     from gdn2.evaluation import report
 
     names = report.check_tasks([name.strip() for name in tasks.split(",")])
     changed = list(settings or ())
+    harness = [name.removeprefix(report.HARNESS) for name in names if name.startswith(report.HARNESS)]
+    own = [name for name in names if not name.startswith(report.HARNESS)]
     loaded = load(run, device, changed)
-    shards = Shards(data or loaded.config.data.path)
-    if load_tokenizer(shards.path).definition() != loaded.tokenizer.definition():
-        raise ValueError(
-            f"{str(shards.path)!r} was prepared with another tokenizer ({shards.meta.tokenizer!r}) than the model's; "
-            "expected text prepared with the same"
-        )
-    shards.verify("val")
-    results = report.read(run / "eval.json")
-    for name in names:
+    val: Any = shards_of(data or loaded.config.data.path, loaded.tokenizer).split("val") if own else None
+    results, shown = report.read(run / "eval.json"), list(own)
+    for name in own:
         with loaded.autocast, counting(name) as progress:
             results[name] = {"checkpoint": loaded.checkpoint, "settings": changed} | report.evaluate(
                 name,
                 loaded.model,
                 loaded.tokenizer,
-                shards.split("val"),
+                val,
                 seq_len=loaded.config.data.seq_len,
                 packed=loaded.config.data.packed,
                 length=length,
@@ -261,7 +259,40 @@ def evaluate(
                 progress=progress,
             )
         report.write(run / "eval.json", results)
-    Console().print(report.table({name: results[name] for name in names}))
+    if harness:
+        try:
+            from gdn2.integrations import lm_eval
+        except ImportError as error:
+            raise ValueError(f"lm_eval tasks need an extra: pip install 'gdn2[eval]' ({error})") from error
+        with loaded.autocast, counting("lm_eval") as progress:
+            scores = lm_eval.evaluate(
+                loaded.model,
+                loaded.tokenizer,
+                harness,
+                length or loaded.config.data.seq_len,
+                task_path,
+                progress=progress,
+            )
+        about = {"checkpoint": loaded.checkpoint, "settings": changed}
+        found = {report.HARNESS + name: about | score for name, score in scores.items()}
+        results |= found
+        shown += found
+        report.write(run / "eval.json", results)
+    Console().print(report.table({name: results[name] for name in shown}))
+
+
+def shards_of(path: Path | str, tokenizer: "Tokenizer") -> Any:
+    """The token shards of a folder, checked, once they are the given tokenizer's."""
+    from gdn2.data import Shards, load_tokenizer
+
+    shards = Shards(path)
+    if load_tokenizer(shards.path).definition() != tokenizer.definition():
+        raise ValueError(
+            f"{str(shards.path)!r} was prepared with another tokenizer ({shards.meta.tokenizer!r}) than the model's; "
+            "expected text prepared with the same"
+        )
+    shards.verify("val")
+    return shards
 
 
 @app.command()
@@ -317,6 +348,30 @@ def generate(
             texts = ["".join(pieces) for pieces in zip(*steps)]
             for number, (start, text) in enumerate(zip(prompts, texts), 1):
                 typer.echo(f"--- {number} of {len(prompts)} ---\n{start}{text}")
+
+
+@app.command()
+def export(
+    run: Run,
+    out: Annotated[Path, typer.Argument(help="The folder to write; it must not exist yet.")],
+    max_length: Annotated[
+        int | None,
+        typer.Option(min=1, help="Tokens that tools should not go beyond unasked; else the length trained on."),
+    ] = None,
+) -> None:
+    """Write a model for Hugging Face transformers, with its tokenizer and a model card.
+
+    \b
+    Examples:
+      gdn2 export runs/first exported/first
+      gdn2 export runs/first exported/first --max-length 8192
+    """
+    loaded = load(run, "cpu")
+    try:
+        from gdn2.integrations.export import export as write
+    except ImportError as error:
+        raise ValueError(f"export needs the packages of an extra: pip install 'gdn2[hf]' ({error})") from error
+    typer.echo(write(loaded.model, loaded.tokenizer, loaded.config, out, max_length))
 
 
 @app.command()

@@ -11,6 +11,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from gdn2.layers.state import join_states, state_rows
 from gdn2.model import LanguageModel
 
 
@@ -75,7 +76,7 @@ def generate(
         seed = torch.Generator().seed() % 2**63
 
     def choose(logits: Tensor, uniform: Tensor) -> Tensor:
-        return _choose(logits, temperature, top_k, top_p, uniform)
+        return sample_tokens(logits, temperature, top_k, top_p, uniform)
 
     return _tokens(model, prompts, max_new_tokens, choose, seed, frozenset(stop_tokens), chunk)
 
@@ -101,7 +102,7 @@ def _tokens(
     model.eval()
     try:
         hidden, states = _prefill(model, prompts, chunk)
-        groups = [(rows, _join([states[r] for r in rows])) for rows in _alike(states, _shape)]
+        groups = [(rows, join_states([states[r] for r in rows])) for rows in _alike(states, _shape)]
         del states
         for remaining in range(max_new_tokens, 0, -1):
             logits = model.logits(hidden)
@@ -138,9 +139,9 @@ def _prefill(model: LanguageModel, prompts: Sequence[Sequence[int]], chunk: int)
             if not pieces[rows[0]]:
                 continue
             tokens = torch.tensor([list(pieces[r]) for r in rows], device=device)
-            hidden, state = model(tokens, None if start == 0 else _join([states[r] for r in rows]))
+            hidden, state = model(tokens, None if start == 0 else join_states([states[r] for r in rows]))
             for i, row in enumerate(rows):
-                last[row], states[row] = hidden[i, -1], _row(state, i)
+                last[row], states[row] = hidden[i, -1], state_rows(state, slice(i, i + 1))
     return torch.stack(last), states
 
 
@@ -157,16 +158,7 @@ def _shape(state: Any) -> Hashable:
     return tuple(tensor.shape for block in state for tensor in block)
 
 
-def _join(states: Sequence[Any]) -> Any:
-    """One state with the rows of all `states`; each is a tuple of blocks, a block a named tuple of [N, ...] tensors."""
-    return tuple(type(blocks[0])(*map(torch.cat, zip(*blocks))) for blocks in zip(*states))
-
-
-def _row(state: Any, row: int) -> Any:
-    return tuple(type(block)(*(tensor[row : row + 1] for tensor in block)) for block in state)
-
-
-def _choose(logits: Tensor, temperature: float, top_k: int, top_p: float, uniform: Tensor) -> Tensor:
+def sample_tokens(logits: Tensor, temperature: float, top_k: int, top_p: float, uniform: Tensor) -> Tensor:
     """Token ids [N] from logits [N, vocab], by inverting the cumulative distribution at `uniform` [N] in [0, 1)."""
     if temperature == 0:
         return logits.argmax(-1)

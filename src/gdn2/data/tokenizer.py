@@ -87,7 +87,7 @@ class ByteStream:
 
 
 class HuggingFaceTokenizer:
-    """A `tokenizers.Tokenizer`; special tokens written out in a text are encoded as plain text, never as themselves."""
+    """A `tokenizers.Tokenizer` (`inner`); special tokens in a text are encoded as plain text, never as themselves."""
 
     def __init__(self, inner: Any, name: str, end_of_text: str | None = None) -> None:
         vocabulary = inner.get_vocab(with_added_tokens=True)
@@ -98,33 +98,33 @@ class HuggingFaceTokenizer:
         inner.encode_special_tokens = True
         inner.no_truncation()  # a file may ask for either, made for another use: every document is wanted whole
         inner.no_padding()
-        self._inner = inner
-        self._end_of_text_name = found
+        self.inner = inner
+        self.end_of_text_name = found
         self.name = name
         self.vocab_size = max(vocabulary.values()) + 1  # ids may have gaps
         self.end_of_text = vocabulary[found]
 
     def encode(self, text: str) -> list[int]:
-        ids: list[int] = self._inner.encode(text, add_special_tokens=False).ids
+        ids: list[int] = self.inner.encode(text, add_special_tokens=False).ids
         return ids
 
     def decode(self, ids: Sequence[int]) -> str:
-        text: str = self._inner.decode([i for i in ids if i != self.end_of_text], skip_special_tokens=False)
+        text: str = self.inner.decode([i for i in ids if i != self.end_of_text], skip_special_tokens=False)
         return text
 
     def stream(self) -> "HuggingFaceStream":
         return HuggingFaceStream(self)
 
     def save(self, folder: Path) -> None:
-        self._inner.save(str(folder / FILE))
+        self.inner.save(str(folder / FILE))
         (folder / CONFIG_FILE).write_text(self._config() + "\n", encoding="utf-8")
 
     def definition(self) -> str:
-        definition: str = self._inner.to_str()
+        definition: str = self.inner.to_str()
         return definition + self._config()
 
     def _config(self) -> str:
-        return json.dumps({"eos_token": self._end_of_text_name})
+        return json.dumps({"eos_token": self.end_of_text_name})
 
 
 class HuggingFaceStream:

@@ -19,14 +19,15 @@ if TYPE_CHECKING:
 TASKS = ("perplexity", "recall", *retrieval.NEEDLE_TASKS)
 RECALL_TOKENS = 4  # enough for one digit and the end of its line, under any tokenizer
 NEEDLE_LENGTH = 1_024
+HARNESS = "lm_eval:"  # before the name of a task of lm-evaluation-harness; `integrations/lm_eval.py` runs those
 Result = dict[str, Any]
 
 
 def check_tasks(names: list[str]) -> list[str]:
-    """`names` as they are. ValueError for one that is no task."""
+    """`names` as they are. ValueError for one that is neither one of TASKS nor called lm_eval:SOMETHING."""
     for name in names:
-        if name not in TASKS:
-            raise ValueError(f"task is {name!r}; expected one of {', '.join(TASKS)}")
+        if name not in TASKS and not name.startswith(HARNESS):
+            raise ValueError(f"task is {name!r}; expected one of {', '.join(TASKS)}, or {HARNESS}NAME")
     return names
 
 
@@ -102,6 +103,10 @@ def table(results: Mapping[str, Result]) -> "Table":
             for bucket in result["by_position"]:
                 where = f"places {bucket['start']:,} to {bucket['stop'] - 1:,}"
                 out.add_row("", f"{bucket['nats']:.4f} nats{_bits(bucket)}", where)
+        elif task.startswith(HARNESS):
+            for metric, value in result.items():
+                if metric not in ("checkpoint", "max_length"):
+                    out.add_row(task, f"{metric} {value:.4f}", f"texts of at most {result['max_length']:,} tokens")
         elif task == "recall":
             on = f"{result['samples']} samples, {result['pairs']} pairs each"
             out.add_row(task, f"{result['percent']:.1f} %, chance {result['chance_percent']:.1f} %", on)

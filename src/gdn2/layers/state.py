@@ -1,8 +1,10 @@
 """What a token mixer carries from one segment of a sequence to the next: an argument and a result, never hidden."""
 
-from typing import NamedTuple
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 
@@ -54,6 +56,41 @@ class AttentionState(NamedTuple):
     keys: Tensor
     values: Tensor
     position: Tensor
+
+
+def join_states(states: Sequence[Any]) -> Any:
+    """One model state with the rows of all `states`, each a tuple of blocks, a block a named tuple of [N, ...] tensors.
+
+    Full attention's keys and values, which grow with the text, are filled up with empty slots to the longest.
+    """
+    return tuple(type(blocks[0])(*map(_stack, zip(*blocks))) for blocks in zip(*states))
+
+
+def _stack(parts: tuple[Tensor, ...]) -> Tensor:
+    if len({part.shape[1:] for part in parts}) > 1:  # full attention: an empty slot is one no position has reached
+        slots = max(part.shape[1] for part in parts)
+        parts = tuple(F.pad(part, (0, 0) * (part.ndim - 2) + (0, slots - part.shape[1])) for part in parts)
+    return torch.cat(parts)
+
+
+def state_rows(state: Any, rows: slice | Tensor) -> Any:
+    """The model state of some sequences; with an index [M] int64 in that order, repeated rows too."""
+    return tuple(type(block)(*(tensor[rows] for tensor in block)) for block in state)
+
+
+def own_state(state: Any) -> Any:
+    """The same model state in tensors that keep no larger ones alive, as a row of a batch would."""
+
+    def own(tensor: Tensor) -> Tensor:
+        whole = tensor.untyped_storage().nbytes() == tensor.numel() * tensor.element_size()
+        return tensor if whole else tensor.clone(memory_format=torch.contiguous_format)
+
+    return tuple(type(block)(*map(own, block)) for block in state)
+
+
+def state_bytes(state: Any) -> int:
+    """Bytes of all tensors of a model state."""
+    return sum(tensor.numel() * tensor.element_size() for block in state for tensor in block)
 
 
 def count_sequences(x: Tensor, d_model: int, cu_seqlens: Tensor | None) -> int:

@@ -1,13 +1,7 @@
-"""Without a GPU the kernels run under Triton's interpreter, which must be chosen before triton is imported."""
-
-import os
+"""What the tests of the kernels share."""
 
 import numpy as np
 import pytest
-import torch
-
-if not torch.cuda.is_available():
-    os.environ["TRITON_INTERPRET"] = "1"
 
 
 @pytest.fixture(autouse=True)

@@ -1,0 +1,23 @@
+"""Generation beyond one batch: state to keep and return to, prefixes read once, drafts, and many requests at a time."""
+
+from gdn2.inference.engine import Completion, Engine, Event, Request, TokenScore
+from gdn2.inference.prefix_cache import PrefixCache
+from gdn2.inference.session import Session, Snapshot, read_prompt
+from gdn2.inference.speculative import Draft, DraftModel, PromptLookup, Round, speculate
+
+__all__ = [
+    "Completion",
+    "Draft",
+    "DraftModel",
+    "Engine",
+    "Event",
+    "PrefixCache",
+    "PromptLookup",
+    "Request",
+    "Round",
+    "Session",
+    "Snapshot",
+    "TokenScore",
+    "read_prompt",
+    "speculate",
+]
