@@ -6,7 +6,7 @@ CORES := $(shell getconf _NPROCESSORS_ONLN)
 BIN := .venv/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint format types dist bench crosscheck clean
+.PHONY: help setup demo test test-gpu lint format types dist bench crosscheck clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 16
@@ -34,6 +34,9 @@ demo: .venv/torch-$(TORCH) ## train, evaluate and sample a small language model 
 
 test: .venv/torch-$(TORCH) lint types ## check style and types, then run the whole test suite
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(CORES) --dist worksteal
+
+test-gpu: ## run the tests marked gpu, with PYTHON as it is: a torch for CUDA, pytest, pytest-xdist
+	PYTHONPATH=src $(PYTHON) -m pytest -m gpu -n $(CORES) --dist worksteal -p no:benchmark tests
 
 lint: .venv/torch-$(TORCH) ## check style
 	$(BIN)/ruff check .

@@ -33,7 +33,7 @@ ALLOWED = {
 # Top-level packages that may be imported at module level; anything else is imported where it is used.
 THIRD_PARTY = {"torch", "numpy", "safetensors"}
 WITH_TERMINAL = {"cli"}
-WITH_VERSION = {"training"}  # `import gdn2`, for what a checkpoint says it was written by
+WITH_VERSION = {"training", "integrations"}  # `import gdn2`, for what a file says it was written by
 
 
 def part(path):

@@ -112,7 +112,7 @@ def test_command_gives_the_same_scores_and_keeps_them(place, direct, capsys):
     assert leaving.value.code == 0, shown.err
     kept = json.loads((root / "run" / "eval.json").read_text())
     for name, metrics in direct.items():
-        assert kept[f"lm_eval:{name}"] == metrics | {"checkpoint": "step_00000001"}
+        assert kept[f"lm_eval:{name}"] == metrics | {"checkpoint": "step_00000001", "settings": []}
     assert f"word_perplexity {direct['gdn2_whole']['word_perplexity']:.4f}" in shown.out
     assert direct["gdn2_whole"]["max_length"] == 128
 

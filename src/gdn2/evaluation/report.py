@@ -105,7 +105,7 @@ def table(results: Mapping[str, Result]) -> "Table":
                 out.add_row("", f"{bucket['nats']:.4f} nats{_bits(bucket)}", where)
         elif task.startswith(HARNESS):
             for metric, value in result.items():
-                if metric not in ("checkpoint", "max_length"):
+                if isinstance(value, float):
                     out.add_row(task, f"{metric} {value:.4f}", f"texts of at most {result['max_length']:,} tokens")
         elif task == "recall":
             on = f"{result['samples']} samples, {result['pairs']} pairs each"

@@ -13,7 +13,7 @@ from typing import Any
 
 from transformers import GenerationConfig, PreTrainedTokenizerFast
 
-from gdn2 import __version__
+import gdn2
 from gdn2.config import RunConfig, to_dict
 from gdn2.data.tokenizer import ByteTokenizer, HuggingFaceTokenizer, Tokenizer
 from gdn2.integrations.hf import Gdn2ForCausalLM
@@ -144,6 +144,6 @@ def _card(model: LanguageModel, tokenizer: Tokenizer, config: RunConfig, name: s
         tokenizer=f"tokenizer {tokenizer.name}" if tokenizer.name == "bytes" else "a Hugging Face tokenizer",
         seq_len=config.data.seq_len,
         tokens=config.train.tokens,
-        version=__version__,
+        version=gdn2.__version__,
         config=json.dumps(settings, indent=2),
     )
