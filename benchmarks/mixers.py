@@ -5,12 +5,12 @@
 The mixers are those of the presets of a size, so that their memories have as many numbers and their blocks, with the
 MLP, as many parameters. Every one runs on this project's code: on a GPU the recurrences on its Triton kernels, on a CPU
 on its chunkwise form in torch, attention on torch's scaled_dot_product_attention. Where its authors have kernels made
-for a mixer, those may be faster. Gated DeltaNet-2 alone has its gates and its decoding step fused into kernels.
+for a mixer, those may be faster. Gated DeltaNet-2 alone has its whole decoding step fused into kernels.
 
 forward, forward + backward: of the mixer alone, without a state to hand on, over B sequences of T tokens; the last
 column is that of the whole block, in which the parameters are matched. decode: one token for each of D sequences (1 on
 a CPU, 64 on a GPU) from a state T tokens into the text, the host's time included. Medians over rounds, in each of which
-every mixer has its turn. float32 on a CPU, bfloat16 on a GPU, where it takes half a minute.
+every mixer has its turn. float32 on a CPU, bfloat16 on a GPU, where the first run compiles for some minutes.
 """
 
 import argparse
