@@ -4,7 +4,7 @@ import random
 
 import pytest
 import torch
-from runs import BYTES
+from saved_run import BYTES
 from small import MODELS, prompt, small_model
 
 from gdn2.generate import generate

@@ -6,7 +6,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from runs import BYTES, save_run
+from saved_run import BYTES, save_run
 from small import MODELS, small_model
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 

@@ -5,7 +5,7 @@ import math
 
 import pytest
 import torch
-from runs import BYTES, save_run
+from saved_run import BYTES, save_run
 from small import MODELS, small_model
 
 from gdn2.cli import main
