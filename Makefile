@@ -13,12 +13,12 @@ help: ## list the targets
 
 setup: .venv/torch-$(TORCH) ## create .venv with the package, its extras and tools, at pinned versions
 
-# Another torch than the pinned one brings its own triton.
+# Another torch than the pinned one brings its own triton; the interpreter of 3.6 fails with numpy 2.4.
 .venv/torch-$(TORCH): pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
 	rm -f .venv/torch-*
 	sed "s/^torch==.*/torch==$(TORCH)/" constraints.txt > .venv/constraints.txt
-	test "$(TORCH)" = "$$(sed -n 's/^torch==//p' constraints.txt)" || sed -i.bak "/^triton==/d" .venv/constraints.txt
+	test "$(TORCH)" = "$$(sed -n 's/^torch==//p' constraints.txt)" || sed -i.bak "/^triton==/d; s/^numpy==.*/numpy<2.4/" .venv/constraints.txt
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint .venv/constraints.txt torch==$(TORCH)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint .venv/constraints.txt --editable '.[dev]'
 	touch $@
