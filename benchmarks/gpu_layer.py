@@ -14,7 +14,6 @@ from pathlib import Path
 
 import torch
 
-from gdn2.layers.gates import ChannelGates
 from gdn2.layers.norm import GatedRMSNorm, RMSNorm, l2_norm
 from gdn2.ops import fused
 from gdn2.ops.kernels import decode
@@ -81,11 +80,6 @@ def operations():
     yield "gated RMSNorm", lambda: norm(heads, gate), [heads, gate, norm.weight], 3 * n, 5 * n
     plain, hidden = RMSNorm(D_MODEL).cuda(), leaf(B, T, D_MODEL)
     yield "RMSNorm", lambda: plain(hidden), [hidden, plain.weight], 2 * hidden.nbytes, 3 * hidden.nbytes
-    gates, projected = ChannelGates(D_MODEL, H, H, D, D).cuda(), [leaf(B, T, H * D) for _ in range(3)]
-    gates.project = lambda _: projected
-    parameters = [gates.decay.rate, gates.decay.delta]
-    # The log-decay and its gradient are float32, twice as wide as the rest.
-    yield "gates", lambda: gates(None), [*projected, *parameters], 7 * n, 10 * n
 
 
 def timed(name, function, inputs, forward_bytes, backward_bytes, rate):

@@ -21,5 +21,5 @@ def fused(x: Tensor) -> bool:
     chosen = x.device.type in DEVICES and x.dtype in (torch.bfloat16, torch.float16, torch.float32)
     if chosen and not _announced and not torch.compiler.is_compiling():
         _announced = True
-        _log.info(f"convolutions, norms and gates on {x.device.type}: fused kernels")
+        _log.info(f"convolutions and norms on {x.device.type}: fused kernels")
     return chosen

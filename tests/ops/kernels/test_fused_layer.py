@@ -115,7 +115,7 @@ def test_the_choice_is_logged_once(monkeypatch, caplog):
     monkeypatch.setattr(fused, "_announced", False)
     with caplog.at_level(logging.INFO, "gdn2"):
         assert all(fused.fused(torch.zeros(1)) for _ in range(2))
-    assert caplog.messages == ["convolutions, norms and gates on cpu: fused kernels"]
+    assert caplog.messages == ["convolutions and norms on cpu: fused kernels"]
 
 
 def test_float64_stays_with_torch():
