@@ -7,8 +7,9 @@ import sys
 import torch
 
 KERNELS = {
-    "carry_tail", "convolve", "convolve_back", "key_gradients", "locate_tokens", "normalize", "normalize_back",
-    "prepare_chunks", "prepare_token", "recur_token", "scan_back", "scan_chunks", "tail_back", "value_gradients",
+    "carry_tail", "convolve", "convolve_back", "fold_segments", "key_gradients", "locate_tokens", "map_segments",
+    "map_segments_back", "normalize", "normalize_back", "prepare_chunks", "prepare_token", "recur_token", "scan_back",
+    "scan_chunks", "tail_back", "value_gradients",
 }  # fmt: skip
 
 
@@ -53,6 +54,9 @@ def main() -> None:
     activation = launch.Activation(torch.zeros(H), torch.zeros(keys), 1.0, 1.0)
     o, _, kept = launch.forward(*operands, 1.0, None, None, True, True, activation)
     launch.backward(o, None, *operands, 1.0, None, None, kept, activation, o)
+    launch.segment_length = lambda config, M, N, s: 1
+    o, _, kept = launch.forward(*operands, 1.0, None, None, True, True)
+    launch.backward(o, None, *operands, 1.0, None, None, kept)
     o, gate, scale = leaf(T, V), leaf(T, V), leaf(V, dtype=torch.float32)
     differentiate([norm.rms_norm(o, scale, 1e-5, gate)], o, scale, gate)
     differentiate([norm.l2_norm(o, 1e-6)], o)

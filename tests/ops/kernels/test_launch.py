@@ -8,7 +8,7 @@ import torch
 from operands import DECAYS, assert_close, draw, relative, results
 
 from gdn2.ops import gated_delta_rule_2
-from gdn2.ops.kernels import launch
+from gdn2.ops.kernels import configs, launch
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 needs_gpu = pytest.mark.skipif(DEVICE == "cpu", reason="no CUDA device")
@@ -93,6 +93,36 @@ def test_packed_sequences_match_recurrent():
     held_to_reference(draw(B=1, T=40, H=1, HV=2, K=16, V=16, N=6), cu_seqlens=cu_seqlens)
 
 
+@pytest.fixture
+def few_heads_are_cut(monkeypatch):
+    """Sequences are cut into segments of two chunks, whatever their length."""
+    monkeypatch.setattr(launch, "segment_length", lambda config, M, N, s: 2)
+
+
+@pytest.mark.usefixtures("few_heads_are_cut")
+@pytest.mark.parametrize("missing", ["nothing", "log_decay", "erase", "initial_state"])
+def test_segments_match_recurrent(missing):
+    operands = draw(B=2, T=100, H=1, HV=2, K=24, V=20)
+    setattr(operands, missing, None)
+    held_to_reference(operands)
+
+
+@pytest.mark.usefixtures("few_heads_are_cut")
+def test_segments_of_packed_sequences_match_recurrent():
+    cu_seqlens = torch.tensor([0, 0, 70, 73, 105, 105, 106])
+    held_to_reference(draw(B=1, T=106, H=1, K=16, V=16, N=6), cu_seqlens=cu_seqlens)
+
+
+def test_only_few_heads_and_long_sequences_are_cut():
+    config, s = configs.plan(torch.bfloat16, torch.device("cpu"), 4, 16, 4, 16)
+    chunks = 65536 // config.chunk
+    length = configs.segment_length(config, chunks, 1, s)
+    assert configs.SHORT <= length < chunks
+    assert configs.segment_length(config, 64 * chunks, 64, s) == 0  # heads enough
+    assert configs.segment_length(config, 8, 1, s) == 0  # short
+    assert configs.segment_length(config, 0, 0, s) == 0
+
+
 def test_packed_sequences_match_separate_ones_bit_for_bit():
     operands = on_device(draw(B=1, T=40, H=1, K=16, V=16, N=2), torch.float32, grad=False)
     packed, state = operands.call(by_kernels, cu_seqlens=torch.tensor([0, 23, 40]))
@@ -160,9 +190,9 @@ def test_a_step_without_gates_adds_to_the_state():
 def test_unsupported_inputs_are_refused():
     x = on_device(draw(B=1, T=2, H=1, K=16, V=16), torch.float32, grad=False)
     with pytest.raises(ValueError, match=r"bfloat16, float16 or float32 tensors, not torch\.float64"):
-        launch.config_for(torch.float64, 16, 16)
+        configs.config_for(torch.float64, 16, 16)
     with pytest.raises(ValueError, match=r"head sizes from 1 to 256, not K = 257, V = 16"):
-        launch.config_for(torch.float32, 257, 16)
+        configs.config_for(torch.float32, 257, 16)
     with pytest.raises(ValueError, match=r"state is torch\.float16 .*; expected contiguous float32"):
         launch.step(x.q[:, 0], x.k[:, 0], x.v[:, 0], None, None, None, 1.0, x.initial_state.half())
 

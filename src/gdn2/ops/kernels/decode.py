@@ -17,9 +17,9 @@ from torch import Tensor
 
 from gdn2.ops.kernels.maths import sigmoid, softplus
 from gdn2.ops.kernels.run import run
+from gdn2.ops.projected import L2_EPS
 
 TILE = 8192  # numbers of a memory in registers at a time, [K, TILE / K]: several programs then share a multiprocessor
-L2_EPS = 1e-6
 
 
 class Token(NamedTuple):

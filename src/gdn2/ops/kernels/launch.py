@@ -1,105 +1,23 @@
-"""Host side of the kernels: where the chunks are, which configuration runs, the buffers, the launches.
+"""Host side of the kernels: the buffers, the launches.
 
 Plain functions on tensors, without autograd and without a look at any tensor's values, so nothing waits for the GPU.
 Shapes as in `docs/architecture.md`. Every grid lies on axis 0, every base offset is 64-bit.
 """
 
-from dataclasses import dataclass
-from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
 import triton
-import triton.language as tl
 from torch import Tensor
 
 from gdn2.ops.kernels.backward import key_gradients, scan_back, value_gradients
+from gdn2.ops.kernels.chunks import Segments, chunk_count, locate, segment_count, sequence_count
+from gdn2.ops.kernels.configs import Config, Shape, plan, scan_tile, segment_length
 from gdn2.ops.kernels.forward import prepare_chunks, scan_chunks
 from gdn2.ops.kernels.run import INTERPRET, run
+from gdn2.ops.kernels.segments import fold_segments, map_segments, map_segments_back
 from gdn2.ops.kernels.step import step_token
-
-MAX_HEAD = 256
-FEW = 64  # programs of a scan below which it takes narrower tiles, to keep more of the GPU busy
-
-
-@dataclass(frozen=True)
-class Config:
-    """Tokens per chunk, and for each kernel its channels per tile (BK, BV), warps and pipeline stages."""
-
-    chunk: int
-    prepare: tuple[int, int, int, int]
-    strong_prepare: tuple[int, int, int, int]
-    scan: tuple[int, int, int]  # BV, warps, stages; `scan_back` too
-    narrow_scan: tuple[int, int, int]
-    value: tuple[int, int, int]  # BV, warps, stages
-    key: tuple[int, int, int, int]
-    strong_key: tuple[int, int, int, int]
-
-
-# By bytes of an operand: (largest padded head size, configuration), first match. Each was run and checked on an H100.
-CONFIGS = {
-    2: (
-        (128, Config(64, (64, 64, 4, 2), (64, 64, 4, 1), (64, 4, 3), (32, 4, 3), (64, 4, 1), (64, 64, 4, 1),
-                     (64, 64, 4, 1))),
-        (256, Config(32, (64, 64, 4, 1), (64, 64, 4, 1), (64, 4, 2), (64, 4, 2), (64, 4, 1), (64, 64, 4, 1),
-                     (64, 64, 4, 1))),
-    ),
-    4: (
-        (128, Config(32, (32, 32, 4, 1), (32, 32, 4, 1), (32, 4, 2), (32, 4, 2), (32, 4, 1), (32, 32, 4, 1),
-                     (32, 32, 4, 1))),
-        (256, Config(16, (32, 32, 4, 1), (32, 32, 4, 1), (32, 4, 2), (32, 4, 2), (32, 4, 1), (32, 32, 4, 1),
-                     (32, 32, 4, 1))),
-    ),
-}  # fmt: skip
-INTERPRETED = Config(
-    16, (16, 16, 1, 1), (16, 16, 1, 1), (16, 1, 1), (16, 1, 1), (16, 1, 1), (16, 16, 1, 1), (16, 16, 1, 1)
-)
-
-
-def config_for(dtype: torch.dtype, K: int, V: int) -> Config:
-    """The configuration for tensors of this dtype and head sizes. ValueError when the kernels have none."""
-    if dtype not in (torch.bfloat16, torch.float16, torch.float32):
-        raise ValueError(f"the Triton kernels take bfloat16, float16 or float32 tensors, not {dtype}")
-    if not 1 <= min(K, V) <= max(K, V) <= MAX_HEAD:
-        raise ValueError(f"the Triton kernels take head sizes from 1 to {MAX_HEAD}, not K = {K}, V = {V}")
-    if INTERPRET:
-        return INTERPRETED
-    return next(config for bound, config in CONFIGS[4 if dtype == torch.float32 else 2] if max(K, V) <= bound)
-
-
-class Shape(NamedTuple):
-    """Compile-time sizes and types shared by the kernels, named as there, and the dtype of the scratch buffers."""
-
-    H: int
-    HV: int
-    K: int
-    V: int
-    KP: int
-    VP: int
-    C: int
-    LOG_C: int
-    DT: tl.dtype
-    PREC: str
-    SOLVE: str
-    RANGE: float
-    buffer: torch.dtype
-
-
-@lru_cache(maxsize=64)
-def _shape(dtype: torch.dtype, H: int, K: int, HV: int, V: int) -> tuple[Config, Shape]:
-    config = config_for(dtype, K, V)
-    # Operands are bfloat16 for float16 tensors too: decay factors and gradients need its range. float32 tensors take a
-    # smaller RANGE, since the rounding error of a sum of log-decays grows with it.
-    exact = dtype == torch.float32
-    DT, buffer = (tl.float32, torch.float32) if exact or INTERPRET else (tl.bfloat16, torch.bfloat16)
-    PREC = "ieee" if INTERPRET else "tf32x3"
-    # The inverse of a chunk with bfloat16 operands is rounded to bfloat16 at once, so tf32 products cost it nothing.
-    SOLVE = "tf32" if DT is tl.bfloat16 else PREC
-    # bfloat16 tiles narrower than 64 gave wrong products on Hopper with Triton 3.6.
-    least = 64 if DT is tl.bfloat16 else 16
-    KP, VP = (max(least, triton.next_power_of_2(size)) for size in (K, V))
-    LOG_C = config.chunk.bit_length() - 1
-    return config, Shape(H, HV, K, V, KP, VP, config.chunk, LOG_C, DT, PREC, SOLVE, 20.0 if exact else 70.0, buffer)
+from gdn2.ops.projected import L2_EPS
 
 
 class Activation(NamedTuple):
@@ -111,54 +29,11 @@ class Activation(NamedTuple):
     largest_write: float
 
 
-L2_EPS = 1e-6
 GIVEN = Activation(None, None, 1.0, 1.0)
 
 
-class Chunks(NamedTuple):
-    """Where the chunks are. There are at most M of them; one that does not exist has length 0."""
-
-    token: Tensor  # [M] int64, first token
-    length: Tensor  # [M] int32, tokens in it
-    start: Tensor  # [N + 1] int64, first token of each sequence, and the total
-    first: Tensor  # [N + 1] int32, first chunk of each sequence, and the total
-
-
-def _locate(start: Tensor, M: int, C: int) -> Chunks:
-    counts = (start.diff() + (C - 1)) // C
-    first = torch.cat([counts.new_zeros(1), counts.cumsum(0)])
-    chunk = torch.arange(M, device=start.device)
-    sequence = torch.searchsorted(first[1:], chunk, right=True).clamp(max=len(counts) - 1)
-    token = start[sequence] + (chunk - first[sequence]) * C
-    length = (start[sequence + 1] - token).clamp(min=0, max=C)
-    return Chunks(token, length.to(torch.int32), start, first.to(torch.int32))
-
-
-@lru_cache(maxsize=32)
-def _equal_chunks(B: int, T: int, C: int, device: torch.device) -> Chunks:
-    # Made on the CPU: the copy is complete when it returns, so that any stream may read it, and outside inference mode
-    # for the sake of a later training step.
-    with torch.inference_mode(False):
-        chunks = _locate(torch.arange(B + 1) * T, B * -(-T // C), C)
-        return Chunks(*(x.to(device) for x in chunks))
-
-
-def chunk_count(k: Tensor, cu_seqlens: Tensor | None, C: int) -> int:
-    """M, known without a look at cu_seqlens: each packed sequence adds at most one short chunk."""
-    B, T = k.shape[:2]
-    return B * -(-T // C) if cu_seqlens is None else T // C + len(cu_seqlens) - 1
-
-
-def locate_chunks(k: Tensor, cu_seqlens: Tensor | None, C: int) -> Chunks:
-    """The chunks of k [B, T, ...]."""
-    B, T = k.shape[:2]
-    if cu_seqlens is None:
-        return _equal_chunks(B, T, C, k.device)
-    return _locate(cu_seqlens.to(device=k.device, dtype=torch.int64), chunk_count(k, cu_seqlens, C), C)
-
-
 class Residuals(NamedTuple):
-    """What the backward reads, by chunk and head; Y and A are empty without erasing."""
+    """What the backward reads, by chunk and head, M by segment; Y and A empty without erasing, M without segments."""
 
     S: Tensor
     R: Tensor
@@ -170,17 +45,20 @@ class Residuals(NamedTuple):
     strong: Tensor
     Y: Tensor
     A: Tensor
+    M: Tensor
 
 
-USED_BY_SCAN = ("P", "K_tail", "gamma", "strong", "Y")
+USED_BY_SCAN = ("P", "K_tail", "gamma", "strong", "Y", "M")
 
 
 def residual_specs(
     k: Tensor, v: Tensor, erase: Tensor | None, cu_seqlens: Tensor | None
 ) -> list[tuple[tuple[int, ...], torch.dtype]]:
     """Shape and dtype of each of `Residuals`."""
-    _, s = _shape(v.dtype, *(int(size) for size in (*k.shape[2:], *v.shape[2:])))  # symbolic ones become constants
-    M = chunk_count(k, cu_seqlens, s.C)
+    sizes = (int(size) for size in (*k.shape[2:], *v.shape[2:]))  # symbolic ones become constants
+    config, s = plan(v.dtype, v.device, *sizes)
+    M, N = chunk_count(k, cu_seqlens, s.C), sequence_count(k, cu_seqlens)
+    S = segment_count(M, N, segment_length(config, M, N, s))
     by_key, square, vector = (M, s.H, s.C, s.KP), (M, s.H, s.C, s.C), (M, s.H, s.KP)
     return [
         ((M, s.HV, s.KP, s.VP), s.buffer),
@@ -193,6 +71,7 @@ def residual_specs(
         ((M, s.H), torch.int8),
         ((0,) if erase is None else by_key, s.buffer),
         ((0,) if erase is None else square, s.buffer),
+        ((S, s.H, s.K, s.K) if S else (0,), torch.float32),
     ]
 
 
@@ -209,11 +88,62 @@ def _launches(log_decay: Tensor | None) -> tuple[bool, ...]:
     return (False,) if log_decay is None else (False, True)
 
 
-def _scan_tile(config: Config, N: int, s: Shape) -> tuple[int, int, int]:
-    """BV, warps and stages of a scan over N sequences."""
-    programs = N * s.HV * s.VP // config.scan[0]
-    BV, warps, stages = config.scan if programs >= FEW else config.narrow_scan
-    return min(s.VP, BV), warps, stages
+def _before_segments(
+    kept: Residuals,
+    U: Tensor,
+    initial_state: Tensor | None,
+    segments: Segments,
+    config: Config,
+    s: Shape,
+    erase: bool,
+) -> Tensor:
+    """The state before each segment [S, HV, K, V] float32; fills kept.M."""
+    S = len(segments.spans.start) - 1
+    N = U.new_empty(S, s.HV, s.K, s.V, dtype=torch.float32)
+    before = torch.empty_like(N)
+    BV, warps, stages = config.scan
+    for out, HV, D, DP, linear in ((kept.M, s.H, s.K, s.KP, True), (N, s.HV, s.V, s.VP, False)):
+        run(
+            map_segments, S * HV * (DP // min(DP, BV)),
+            (kept.Y, kept.K_tail, kept.gamma, U, out, segments.spans.first),
+            (s.H, HV, D, s.K, s.KP, DP, s.C, min(DP, BV), stages, s.DT, s.PREC, erase, linear),
+            warps, stages,
+        )  # fmt: skip
+    _fold(kept.M, N, initial_state, before, segments, s, back=False)
+    return before
+
+
+def _after_segments(
+    kept: Residuals,
+    do: Tensor,
+    dfinal_state: Tensor | None,
+    segments: Segments,
+    config: Config,
+    s: Shape,
+    erase: bool,
+) -> Tensor:
+    """The gradient of the state after each segment [S, HV, K, V] float32."""
+    S = len(segments.spans.start) - 1
+    N = do.new_empty(S, s.HV, s.K, s.V, dtype=torch.float32)
+    after = torch.empty_like(N)
+    BV, warps, stages = min(s.VP, config.scan[0]), *config.scan[1:]
+    run(
+        map_segments_back, S * s.HV * (s.VP // BV),
+        (kept.Y, kept.P, kept.K_tail, kept.gamma, do, N, *segments.spans),
+        (s.H, s.HV, s.K, s.V, s.KP, s.VP, s.C, BV, stages, s.DT, s.PREC, erase),
+        warps, stages,
+    )  # fmt: skip
+    _fold(kept.M, N, dfinal_state, after, segments, s, back=True)
+    return after
+
+
+def _fold(M: Tensor, N: Tensor, first: Tensor | None, out: Tensor, segments: Segments, s: Shape, back: bool) -> None:
+    BV = min(16 if INTERPRET else 32, triton.next_power_of_2(max(16, s.V)))
+    run(
+        fold_segments, (len(segments.of) - 1) * s.HV * triton.cdiv(s.V, BV),
+        (M, N, first, out, segments.of),
+        (s.H, s.HV, s.K, s.V, s.KP, BV, BV, s.PREC, first is not None, back),
+    )  # fmt: skip
 
 
 def forward(
@@ -227,10 +157,10 @@ def forward(
     `activation` they are what the layer projects.
     ValueError for other dtypes and for head sizes above `MAX_HEAD`.
     """
-    config, s = _shape(v.dtype, *k.shape[2:], *v.shape[2:])
+    config, s = plan(v.dtype, v.device, *k.shape[2:], *v.shape[2:])
     a = activation or GIVEN
-    chunks = locate_chunks(k, cu_seqlens, s.C)
-    M, N = len(chunks.token), len(chunks.first) - 1
+    M, N = chunk_count(k, cu_seqlens, s.C), sequence_count(k, cu_seqlens)
+    chunks, spans, segments = locate(k, cu_seqlens, s.C, segment_length(config, M, N, s))
     q, k, v, log_decay, erase, write, initial_state = _dense(q, k, v, log_decay, erase, write, initial_state)
     specs = zip(Residuals._fields, residual_specs(k, v, erase, cu_seqlens))
     kept = Residuals(
@@ -256,16 +186,22 @@ def forward(
             warps, stages,
         )  # fmt: skip
     o = torch.empty_like(v)
-    final = torch.empty(N, s.HV, s.K, s.V, device=v.device) if output_final_state else None
-    BV, warps, stages = _scan_tile(config, N, s)
+    state = initial_state
+    if segments is not None:
+        state = _before_segments(kept, U, initial_state, segments, config, s, erase is not None)
+        spans = segments.spans
+    S = len(spans.start) - 1
+    final = torch.empty(S, s.HV, s.K, s.V, device=v.device) if output_final_state else None
+    BV, warps, stages = scan_tile(config, S, s)
     run(
-        scan_chunks, N * s.HV * (s.VP // BV),
-        (kept.Y, kept.P, kept.K_tail, kept.gamma, before, U, O_local, initial_state, o, final, kept.S, kept.R,
-         chunks.start, chunks.first),
+        scan_chunks, S * s.HV * (s.VP // BV),
+        (kept.Y, kept.P, kept.K_tail, kept.gamma, before, U, O_local, state, o, final, kept.S, kept.R, *spans),
         (s.H, s.HV, s.K, s.V, s.KP, s.VP, s.C, BV, stages, s.DT, s.PREC, erase is not None,
-         initial_state is not None, output_final_state, save_for_backward),
+         state is not None, output_final_state, save_for_backward),
         warps, stages,
     )  # fmt: skip
+    if final is not None and segments is not None:
+        final = final[segments.of[1:] - 1]
     return o, final, kept if save_for_backward else ()
 
 
@@ -279,16 +215,16 @@ def backward(
 
     With an `activation`, which takes the forward's o, those of its rate and delta follow.
     """
-    config, s = _shape(v.dtype, *k.shape[2:], *v.shape[2:])
+    config, s = plan(v.dtype, v.device, *k.shape[2:], *v.shape[2:])
     a, act = activation or GIVEN, activation is not None
     kept = Residuals(*residuals)
-    chunks = locate_chunks(k, cu_seqlens, s.C)
-    M, N = len(chunks.token), len(chunks.first) - 1
+    M, N = chunk_count(k, cu_seqlens, s.C), sequence_count(k, cu_seqlens)
+    chunks, spans, segments = locate(k, cu_seqlens, s.C, segment_length(config, M, N, s))
     do, dfinal_state, q, k, v, log_decay, erase, write = _dense(do, dfinal_state, q, k, v, log_decay, erase, write)
     dS, X, dA_qk, minus_dT = (torch.empty_like(x) for x in (kept.S, kept.R, kept.A_qk, kept.A))
-    dq, dk, dv, dg, db, dw, dS_first = (
+    dq, dk, dv, dg, db, dw = (
         None if x is None else torch.empty_like(x, memory_format=torch.contiguous_format)
-        for x in (q, k, v, log_decay, erase, write, initial_state)
+        for x in (q, k, v, log_decay, erase, write)
     )
     diagonal = torch.empty(M, s.H, s.C, device=v.device)
     # Key channels of a program: all of them where a gate that they share takes the sum of their gradients.
@@ -298,15 +234,22 @@ def backward(
     drate = torch.zeros(M, s.H, s.KP // span, device=v.device) if a.rate is not None else None
     ddelta = torch.zeros(M, len(a.delta), device=v.device) if a.delta is not None else None
 
-    BV, warps, stages = _scan_tile(config, N, s)
+    dstate = dfinal_state
+    if segments is not None:
+        dstate = _after_segments(kept, do, dfinal_state, segments, config, s, erase is not None)
+        spans = segments.spans
+    S = len(spans.start) - 1
+    dS_first = None if initial_state is None else torch.empty(S, s.HV, s.K, s.V, device=v.device)
+    BV, warps, stages = scan_tile(config, S, s)
     run(
-        scan_back, N * s.HV * (s.VP // BV),
-        (kept.Y, kept.P, kept.K_tail, kept.gamma, kept.after, do, dfinal_state, dS_first, dS, X,
-         chunks.start, chunks.first),
+        scan_back, S * s.HV * (s.VP // BV),
+        (kept.Y, kept.P, kept.K_tail, kept.gamma, kept.after, do, dstate, dS_first, dS, X, *spans),
         (s.H, s.HV, s.K, s.V, s.KP, s.VP, s.C, BV, stages, s.DT, s.PREC, erase is not None,
-         initial_state is not None, dfinal_state is not None),
+         initial_state is not None, dstate is not None),
         warps, stages,
     )  # fmt: skip
+    if dS_first is not None and initial_state is not None:
+        dS_first = (dS_first if segments is None else dS_first[segments.of[:-1]]).to(initial_state.dtype)
     BV, warps, stages = config.value
     run(
         value_gradients, M * s.H,
@@ -344,7 +287,7 @@ def step(
     for a state that is not contiguous float32.
     """
     (N, H, K), (HV, V) = k.shape, v.shape[1:]
-    _, s = _shape(v.dtype, H, K, HV, V)
+    _, s = plan(v.dtype, v.device, H, K, HV, V)
     if state.dtype != torch.float32 or not state.is_contiguous():
         raise ValueError(f"state is {state.dtype} with strides {state.stride()}; expected contiguous float32")
     q, k, v, log_decay, erase, write = _dense(q, k, v, log_decay, erase, write)

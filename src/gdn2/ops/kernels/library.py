@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from gdn2.ops.kernels import launch
+from gdn2.ops.kernels.configs import LEAST_SHARED, MAX_HEAD, shared_memory
 from gdn2.ops.kernels.run import INTERPRET
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -17,8 +18,11 @@ def obstacle(v: Tensor, K: int) -> str | None:
         return f"need CUDA tensors, and v is on {v.device}"
     if v.dtype not in DTYPES:
         return f"take bfloat16, float16 and float32, and v has dtype {v.dtype}"
-    if max(K, v.shape[-1]) > launch.MAX_HEAD:
-        return f"take head sizes up to {launch.MAX_HEAD}, and here K = {K}, V = {v.shape[-1]}"
+    if max(K, v.shape[-1]) > MAX_HEAD:
+        return f"take head sizes up to {MAX_HEAD}, and here K = {K}, V = {v.shape[-1]}"
+    if shared_memory(v.device) < LEAST_SHARED:
+        kilobytes = shared_memory(v.device) // 1024
+        return f"need {LEAST_SHARED // 1024} KB of shared memory a program, and {v.device} has {kilobytes} KB"
     return None
 
 
