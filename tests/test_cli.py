@@ -5,6 +5,7 @@ import os
 import re
 import shutil
 import signal
+import subprocess
 import sys
 import threading
 from io import StringIO
@@ -59,6 +60,11 @@ def run(shards, tmp_path_factory):
 def test_version(capsys):
     assert call("--version") == 0
     assert capsys.readouterr().out == f"gdn2 {gdn2.__version__}\n"
+
+
+def test_module_is_the_command():
+    said = subprocess.run([sys.executable, "-m", "gdn2", "--version"], capture_output=True, text=True, check=True)
+    assert said.stdout == f"gdn2 {gdn2.__version__}\n"
 
 
 @pytest.mark.parametrize("command", ["prepare", "train", "eval", "generate", "export", "info", "plot"])

@@ -29,6 +29,7 @@ ALLOWED = {
     "integrations": {"__init__", "config", "data", "evaluation", "generate", "layers", "model"},
     "inference": {"data", "generate", "layers", "model"},
     "__init__": {"config", "model", "presets"},
+    "__main__": {"cli"},
 }
 # Top-level packages that may be imported at module level; anything else is imported where it is used.
 THIRD_PARTY = {"torch", "numpy", "safetensors"}

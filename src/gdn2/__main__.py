@@ -1,0 +1,5 @@
+"""`python -m gdn2` is the command `gdn2`."""
+
+from gdn2.cli import main
+
+main()

@@ -1,0 +1,112 @@
+"""`gdn2 eval`."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from gdn2.cli.common import Device, Run, counting, load
+
+if TYPE_CHECKING:
+    from gdn2.data import Tokenizer
+
+
+def evaluate(
+    run: Run,
+    settings: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="model.KEY=VALUE",
+            help="Settings of the model in place of the run's, for texts longer than in training: rope_scaling, ...",
+        ),
+    ] = None,
+    tasks: Annotated[
+        str,
+        typer.Option(
+            help="Comma-separated: perplexity, recall, niah_single_1, niah_single_2, niah_single_3, niah_multikey_1, "
+            "and lm_eval:NAME for a task of lm-evaluation-harness."
+        ),
+    ] = "perplexity,recall",
+    length: Annotated[
+        int | None,
+        typer.Option(min=1, help="Tokens of a window or needle prompt; else as in training, and 1024 for needles."),
+    ] = None,
+    samples: Annotated[int, typer.Option(min=1, help="Questions of each recall task.")] = 100,
+    tokens: Annotated[int | None, typer.Option(min=1, help="Tokens to score; else as the run's validation.")] = None,
+    data: Annotated[Path | None, typer.Option(help="Folder of token shards; else the run's own.")] = None,
+    seed: Annotated[int, typer.Option(help="Seed of the questions.")] = 0,
+    task_path: Annotated[Path | None, typer.Option(help="Folder with further tasks of lm-evaluation-harness.")] = None,
+    device: Device = "auto",
+) -> None:
+    """Measure a model on held-out text. The results are shown, and kept in RUN/eval.json.
+
+    \b
+    Examples:
+      gdn2 eval runs/first
+      gdn2 eval runs/first --tasks perplexity --length 8192
+      gdn2 eval runs/first --length 8192 model.rope_scaling=ntk model.rope_factor=4
+      gdn2 eval runs/first --tasks niah_single_1,niah_multikey_1 --length 2048 --samples 500
+      gdn2 eval runs/first --tasks lm_eval:piqa,lm_eval:mine --task-path my_tasks
+    """
+    from rich.console import Console
+
+    from gdn2.evaluation import report
+
+    names = report.check_tasks([name.strip() for name in tasks.split(",")])
+    changed = list(settings or ())
+    harness = [name.removeprefix(report.HARNESS) for name in names if name.startswith(report.HARNESS)]
+    own = [name for name in names if not name.startswith(report.HARNESS)]
+    loaded = load(run, device, changed)
+    val: Any = shards_of(data or loaded.config.data.path, loaded.tokenizer).split("val") if own else None
+    results, shown = report.read(run / "eval.json"), list(own)
+    for name in own:
+        with loaded.autocast, counting(name) as progress:
+            results[name] = {"checkpoint": loaded.checkpoint, "settings": changed} | report.evaluate(
+                name,
+                loaded.model,
+                loaded.tokenizer,
+                val,
+                seq_len=loaded.config.data.seq_len,
+                packed=loaded.config.data.packed,
+                length=length,
+                tokens=tokens or loaded.config.train.eval_tokens,
+                samples=samples,
+                seed=seed,
+                device=loaded.device,
+                progress=progress,
+            )
+        report.write(run / "eval.json", results)
+    if harness:
+        try:
+            from gdn2.integrations import lm_eval
+        except ImportError as error:
+            raise ValueError(f"lm_eval tasks need an extra: pip install 'gdn2[eval]' ({error})") from error
+        with loaded.autocast, counting("lm_eval") as progress:
+            scores = lm_eval.evaluate(
+                loaded.model,
+                loaded.tokenizer,
+                harness,
+                length or loaded.config.data.seq_len,
+                task_path,
+                progress=progress,
+            )
+        about = {"checkpoint": loaded.checkpoint, "settings": changed}
+        found = {report.HARNESS + name: about | score for name, score in scores.items()}
+        results |= found
+        shown += found
+        report.write(run / "eval.json", results)
+    Console().print(report.table({name: results[name] for name in shown}))
+
+
+def shards_of(path: Path | str, tokenizer: "Tokenizer") -> Any:
+    """The token shards of a folder, checked, once they are the given tokenizer's."""
+    from gdn2.data import Shards, load_tokenizer
+
+    shards = Shards(path)
+    if load_tokenizer(shards.path).definition() != tokenizer.definition():
+        raise ValueError(
+            f"{str(shards.path)!r} was prepared with another tokenizer ({shards.meta.tokenizer!r}) than the model's; "
+            "expected text prepared with the same"
+        )
+    shards.verify("val")
+    return shards

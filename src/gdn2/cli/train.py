@@ -1,0 +1,73 @@
+"""`gdn2 train`."""
+
+from pathlib import Path
+from textwrap import fill
+from typing import Annotated
+
+import typer
+
+from gdn2.cli.common import leave
+
+
+def show_keys(wanted: bool) -> None:
+    if wanted:
+        from gdn2.config import documented_keys
+        from gdn2.presets import preset_names
+
+        names = f"all the model's settings at once, one of {', '.join(preset_names())}"
+        for key, default, doc in (("preset", "null", names), *documented_keys()):
+            typer.echo(f"{key}={default}")
+            typer.echo(fill(doc, 80, initial_indent="    ", subsequent_indent="    ", break_on_hyphens=False))
+        raise typer.Exit
+
+
+def train(
+    run: Annotated[Path, typer.Option(help="The run's folder; for a new run empty or not there yet.")],
+    settings: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="CONFIG.yaml|KEY=VALUE",
+            help="A configuration file, and settings that override it, such as optim.lr=1e-3; --keys lists them.",
+        ),
+    ] = None,
+    preset: Annotated[
+        str | None, typer.Option(help="The model, such as gdn2-hybrid-tiny or gdn2-1.3b; --keys lists them.")
+    ] = None,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on from the run's newest checkpoint, with its configuration.")
+    ] = False,
+    keys: Annotated[
+        bool, typer.Option("--keys", callback=show_keys, is_eager=True, help="List settings and presets, and leave.")
+    ] = False,
+) -> None:
+    """Train a language model. Ctrl-C saves a checkpoint and ends; --resume goes on exactly there.
+
+    Leaves with 0 when the run is finished or SIGTERM, as schedulers send it, stopped it; with 130 after Ctrl-C.
+
+    \b
+    Examples:
+      gdn2 train --preset gdn2-hybrid-tiny --run runs/first data.path=corpora/stdlib
+      gdn2 train config.yaml --run runs/second optim.lr=1e-3 train.tokens=5000000
+      gdn2 train --run runs/second --resume
+    """
+    from gdn2.config import ConfigError, load_run
+    from gdn2.presets import preset as named
+    from gdn2.training import TrainingError, train
+
+    files = [text for text in settings or () if "=" not in text or Path(text).is_file()]
+    overrides = [text for text in settings or () if text not in files]
+    if len(files) > 1:
+        raise ConfigError(f"configurations {', '.join(files)}; expected one file, and overrides as key=value")
+    if resume and (files or preset is not None):
+        raise ConfigError("--resume takes the run's own configuration; leave out the file and --preset")
+    if not (resume or files or preset is not None):
+        raise ConfigError("no model was chosen; expected a configuration file, --preset, or --resume")
+    if preset is not None:
+        overrides.insert(0, f"preset={preset}")
+    path = run / "config.yaml" if resume else files[0] if files else None
+    try:
+        outcome = train(load_run(path, overrides, named), run, resume)
+    except TrainingError as error:
+        leave(error, 1)
+    if outcome.interrupted == "SIGINT":
+        raise typer.Exit(130)
