@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from gdn2.cli import describe, evaluate, export, generate, prepare, train
+from gdn2.cli import describe, evaluate, export, generate, prepare, selftest, train
 from gdn2.cli.common import leave
 
 app = typer.Typer(
@@ -63,3 +63,4 @@ app.command()(generate.generate)
 app.command()(export.export)
 app.command()(describe.info)
 app.command()(describe.plot)
+app.command()(selftest.selftest)

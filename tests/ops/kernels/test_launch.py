@@ -94,9 +94,10 @@ def test_packed_sequences_match_recurrent():
 
 
 @pytest.fixture
-def few_heads_are_cut(monkeypatch):
+def few_heads_are_cut():
     """Sequences are cut into segments of two chunks, whatever their length."""
-    monkeypatch.setattr(launch, "segment_length", lambda config, M, N, s: 2)
+    with configs.using({}, segment=2):
+        yield
 
 
 @pytest.mark.usefixtures("few_heads_are_cut")
@@ -190,11 +191,13 @@ def test_a_step_without_gates_adds_to_the_state():
 def test_unsupported_inputs_are_refused():
     x = on_device(draw(B=1, T=2, H=1, K=16, V=16), torch.float32, grad=False)
     with pytest.raises(ValueError, match=r"bfloat16, float16 or float32 tensors, not torch\.float64"):
-        configs.config_for(torch.float64, 16, 16)
+        configs.named_config(torch.float64, 16, 16)
     with pytest.raises(ValueError, match=r"head sizes from 1 to 256, not K = 257, V = 16"):
-        configs.config_for(torch.float32, 257, 16)
+        configs.named_config(torch.float32, 257, 16)
     with pytest.raises(ValueError, match=r"state is torch\.float16 .*; expected contiguous float32"):
         launch.step(x.q[:, 0], x.k[:, 0], x.v[:, 0], None, None, None, 1.0, x.initial_state.half())
+    with pytest.raises(ValueError, match=r"need 101376 bytes of shared memory a program; this GPU has 65536"):
+        configs.named_config(torch.float32, 16, 16, shared=65536)
 
 
 @needs_gpu

@@ -1,11 +1,8 @@
-"""Which tiles, warps and pipeline stages the kernels run with, by shared memory, operand and head size. No search.
+"""What the kernels run with: the configuration for this GPU, and the sizes that they are compiled for. No search."""
 
-The values for 227 KB of shared memory a program (H100, B200) were measured on an H100, those for 99 KB (A100,
-A10, L4, RTX 30 to 50) follow by calculation: what Triton says each kernel takes when compiled for those. Every one is
-checked by `gdn2 selftest`.
-"""
-
-from dataclasses import dataclass
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -13,53 +10,36 @@ import torch
 import triton
 import triton.language as tl
 
+from gdn2.ops.kernels import verdicts
 from gdn2.ops.kernels.run import INTERPRET
+from gdn2.ops.kernels.tables import CONFIGS, H100_SHARED, INTERPRETED, LEAST_SHARED, MAX_HEAD, Config
 
-MAX_HEAD = 256
 FEW = 64  # programs of a scan below which it takes narrower tiles, to keep more of the GPU busy
 SEGMENTED = 16  # programs of a scan up to which long sequences are cut into segments
 BUSY = 128  # programs of a scan over segments: one fills a multiprocessor's shared memory
 SHORT = 16  # chunks that a segment has at least
-H100_SHARED = 227 * 1024  # bytes of shared memory a program
-LEAST_SHARED = 99 * 1024
+
+_log = logging.getLogger("gdn2")
+_forced: dict[str, Config] = {}
+_forced_segment: int | None = None
 
 
-@dataclass(frozen=True)
-class Config:
-    """Tokens per chunk, and for each kernel its channels per tile (BK, BV), warps and pipeline stages."""
+@contextmanager
+def using(configs: dict[str, Config], segment: int | None = None) -> Iterator[None]:
+    """Within this context these configurations (by name) run, the tables' otherwise, and nothing is refused.
 
-    chunk: int
-    prepare: tuple[int, int, int, int]
-    strong_prepare: tuple[int, int, int, int]
-    scan: tuple[int, int, int]  # BV, warps, stages; `scan_back` and the kernels for segments too
-    narrow_scan: tuple[int, int, int]
-    value: tuple[int, int, int]  # BV, warps, stages
-    key: tuple[int, int, int, int]
-    strong_key: tuple[int, int, int, int]
-
-
-# By bytes of an operand: (largest padded head size, bytes of shared memory needed, configuration), first match.
-CONFIGS = {
-    2: (
-        (128, H100_SHARED, Config(64, (64, 64, 4, 2), (64, 64, 4, 1), (64, 4, 3), (32, 4, 3), (64, 4, 1),
-                                  (64, 64, 4, 1), (64, 64, 4, 1))),
-        (128, LEAST_SHARED, Config(64, (64, 64, 4, 2), (64, 64, 4, 1), (64, 4, 2), (32, 4, 2), (64, 4, 1),
-                                (64, 64, 4, 1), (64, 64, 4, 1))),
-        (256, LEAST_SHARED, Config(32, (64, 64, 4, 1), (64, 64, 4, 1), (64, 4, 2), (64, 4, 2), (64, 4, 1),
-                                (64, 64, 4, 1), (64, 64, 4, 1))),
-    ),
-    4: (
-        (128, LEAST_SHARED, Config(32, (32, 32, 4, 1), (32, 32, 4, 1), (32, 4, 2), (32, 4, 2), (32, 4, 1),
-                                (32, 32, 4, 1), (32, 32, 4, 1))),
-        (256, H100_SHARED, Config(16, (32, 32, 4, 1), (32, 32, 4, 1), (32, 4, 2), (32, 4, 2), (32, 4, 1),
-                                  (32, 32, 4, 1), (32, 32, 4, 1))),
-        (256, LEAST_SHARED, Config(16, (32, 32, 4, 1), (32, 32, 4, 1), (32, 4, 1), (32, 4, 1), (32, 4, 1),
-                                (32, 32, 4, 1), (32, 32, 4, 1))),
-    ),
-}  # fmt: skip
-INTERPRETED = Config(
-    16, (16, 16, 1, 1), (16, 16, 1, 1), (16, 1, 1), (16, 1, 1), (16, 1, 1), (16, 16, 1, 1), (16, 16, 1, 1)
-)
+    `segment` is the number of chunks into which sequences are then cut, 0 for not at all.
+    """
+    global _forced, _forced_segment
+    before = _forced, _forced_segment
+    _forced, _forced_segment = configs, segment
+    plan.cache_clear()
+    try:
+        with verdicts.ignoring():
+            yield
+    finally:
+        _forced, _forced_segment = before
+        plan.cache_clear()
 
 
 @torch.compiler.assume_constant_result
@@ -71,8 +51,8 @@ def shared_memory(device: torch.device) -> int:
     return int(triton.runtime.driver.active.utils.get_device_properties(index)["max_shared_mem"])
 
 
-def config_for(dtype: torch.dtype, K: int, V: int, shared: int = H100_SHARED) -> Config:
-    """The configuration for tensors of this dtype and head sizes, on a GPU with so many bytes of shared memory.
+def named_config(dtype: torch.dtype, K: int, V: int, shared: int = H100_SHARED) -> tuple[str, Config]:
+    """Name and values of the configuration for this dtype and head sizes with so many bytes of shared memory.
 
     ValueError when the kernels have none.
     """
@@ -80,12 +60,22 @@ def config_for(dtype: torch.dtype, K: int, V: int, shared: int = H100_SHARED) ->
         raise ValueError(f"the Triton kernels take bfloat16, float16 or float32 tensors, not {dtype}")
     if not 1 <= min(K, V) <= max(K, V) <= MAX_HEAD:
         raise ValueError(f"the Triton kernels take head sizes from 1 to {MAX_HEAD}, not K = {K}, V = {V}")
-    if INTERPRET:
-        return INTERPRETED
     for bound, needed, config in CONFIGS[4 if dtype == torch.float32 else 2]:
         if max(K, V) <= bound and needed <= shared:
-            return config
+            name = f"{str(dtype).removeprefix('torch.')}, heads up to {bound}"
+            return name, INTERPRETED if INTERPRET else config
     raise ValueError(f"the Triton kernels need {LEAST_SHARED} bytes of shared memory a program; this GPU has {shared}")
+
+
+def config_for(dtype: torch.dtype, K: int, V: int, device: torch.device) -> Config:
+    """The configuration to run with. ValueError as `named_config`, and for one that `gdn2 selftest` found wrong."""
+    name, config = named_config(dtype, K, V, shared_memory(device))
+    if name in _forced:
+        return _forced[name]
+    verdict = verdicts.demand(name, device)
+    if device.type == "cuda" and not verdict.checked and torch.cuda.get_device_capability(device) != (9, 0):
+        _log.warning("kernels not checked on this %s; run `gdn2 selftest`", torch.cuda.get_device_name(device))
+    return verdict.tuned.get(name, config)
 
 
 class Shape(NamedTuple):
@@ -109,7 +99,7 @@ class Shape(NamedTuple):
 @lru_cache(maxsize=64)
 def plan(dtype: torch.dtype, device: torch.device, H: int, K: int, HV: int, V: int) -> tuple[Config, Shape]:
     """What the kernels run with for v of this dtype on this device. ValueError as `config_for`."""
-    config = config_for(dtype, K, V, shared_memory(device))
+    config = config_for(dtype, K, V, device)
     # Operands are bfloat16 for float16 tensors too: decay factors and gradients need its range. float32 tensors take a
     # smaller RANGE, since the rounding error of a sum of log-decays grows with it.
     exact = dtype == torch.float32
@@ -136,6 +126,8 @@ def segment_length(config: Config, M: int, N: int, s: Shape) -> int:
 
     Segments triple the work of the scan, so that they must shorten it by more.
     """
+    if _forced_segment is not None:
+        return _forced_segment
     programs = N * s.HV * max(1, s.VP // config.scan[0])
     if programs == 0 or programs > SEGMENTED or M < 8 * SHORT * N:
         return 0

@@ -17,6 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from gdn2.ops.kernels import verdicts
 from gdn2.ops.kernels.maths import sigmoid
 from gdn2.ops.kernels.run import INTERPRET, run
 
@@ -296,6 +297,7 @@ def _short_conv(
     (B, T, D), width = x.shape, weight.shape[1]
     N, past = B if cu_seqlens is None else cu_seqlens.shape[0] - 1, width - 1
     x, weight, tail = x.contiguous(), weight.contiguous(), None if tail is None else tail.contiguous()
+    verdicts.demand(verdicts.AROUND, x.device)
     starts, position, sequence = _places(x, cu_seqlens)
     packed, has_tail = cu_seqlens is not None, tail is not None
     y = torch.empty_like(x)

@@ -15,6 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from gdn2.ops.kernels import verdicts
 from gdn2.ops.kernels.maths import sigmoid, softplus
 from gdn2.ops.kernels.run import run
 from gdn2.ops.projected import L2_EPS
@@ -162,6 +163,7 @@ def _launch(
 ) -> Tensor:  # fmt: skip
     H, V, width = weights.rate.shape[0], weights.norm.shape[0], weights.conv_q.shape[1]
     N, K, HV = token.k.shape[0], token.k.shape[1] // H, token.v.shape[1] // V
+    verdicts.demand(verdicts.DECODE, token.k.device)
     token, weights = Token(*(x.contiguous() for x in token)), Weights(*(x.contiguous() for x in weights))
     ready = torch.empty(N, 4, H, K, dtype=torch.float32, device=token.k.device)
     z = torch.empty(N, HV, V, dtype=torch.float32, device=token.k.device)

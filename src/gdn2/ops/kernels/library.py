@@ -6,8 +6,9 @@ import torch
 from torch import Tensor
 
 from gdn2.ops.kernels import launch
-from gdn2.ops.kernels.configs import LEAST_SHARED, MAX_HEAD, shared_memory
+from gdn2.ops.kernels.configs import shared_memory
 from gdn2.ops.kernels.run import INTERPRET
+from gdn2.ops.kernels.tables import LEAST_SHARED, MAX_HEAD
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 

@@ -16,6 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from gdn2.ops.kernels import verdicts
 from gdn2.ops.kernels.maths import sigmoid
 from gdn2.ops.kernels.run import INTERPRET, run
 
@@ -97,6 +98,7 @@ def _norm(x: Tensor, weight: Tensor | None, gate: Tensor | None, eps: float, sha
     D = x.shape[-1]
     R, (BD, BR, _, warps) = x.numel() // D, _tile(D)
     x, gate = x.contiguous(), None if gate is None else gate.contiguous()
+    verdicts.demand(verdicts.AROUND, x.device)
     y = torch.empty_like(x if gate is None else gate)
     constants = (D, BD, BR, share, weight is not None, gate is not None)
     run(normalize, triton.cdiv(R, BR), (x, weight, gate, y, R, eps), constants, warps)

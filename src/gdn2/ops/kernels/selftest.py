@@ -1,0 +1,303 @@
+"""Is every configuration that this GPU can select right? Each is held to float64, outputs and all gradients.
+
+A case runs in a process of its own (`python -m gdn2.ops.kernels.selftest NUMBER`), so that one that crashes the GPU's
+context, or hangs, ends alone. `selftest` runs them side by side and keeps the verdict, by which the operator refuses
+what is wrong.
+"""
+
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from gdn2.ops.kernels import verdicts
+from gdn2.ops.kernels.configs import named_config, shared_memory, using
+from gdn2.ops.kernels.tables import Config
+from gdn2.ops.projected import rule_from_projections
+from gdn2.ops.rules import gated_delta_rule_2
+
+# Relative L2 of outputs and of gradients, twice what rounding explains; wrong kernels were off by a tenth and more. The
+# products around the operator of a layer round too.
+BOUNDS = {"float32": (1e-5, 5e-5), "bfloat16": (1e-2, 2e-2), "float16": (1e-2, 2e-2)}
+LAYER_BOUNDS = {"float32": (1e-5, 5e-5), "bfloat16": (3e-2, 5e-2), "float16": (3e-2, 5e-2)}
+TIMEOUT = 600  # seconds for a case, compilation included
+LONG, MANY = [130, 0, 70, 1], [7, 0, 3, 9, 1, 5] * 9  # lengths: the narrow tiles of a scan, and the wide ones
+SEGMENT = 1  # chunks, where sequences are cut
+
+
+@dataclass(frozen=True)
+class Case:
+    """The operator on 2 key heads. Gates are "channel", "head" (shared by its channels) or "none"."""
+
+    dtype: str
+    K: int = 128
+    V: int = 128
+    group: int = 1  # value heads per key head
+    decay: str = "channel"
+    erase: str = "channel"
+    write: str = "channel"
+    projected: bool = False  # activations inside
+    cut: bool = False  # into segments
+
+    def name(self, shared: int) -> str:
+        return named_config(getattr(torch, self.dtype), self.K, self.V, shared)[0]
+
+    def __str__(self) -> str:
+        gates = f"decay {self.decay}, erase {self.erase}, write {self.write}"
+        extra = [text for flag, text in ((self.group > 1, "grouped"), (self.cut, "segments")) if flag]
+        return ", ".join([f"{self.K}/{self.V}", gates, "activations inside" if self.projected else "given", *extra])
+
+
+@dataclass(frozen=True)
+class StepCase:
+    """The layer's decoding step."""
+
+    dtype: str
+
+    def name(self, shared: int) -> str:
+        return verdicts.DECODE
+
+    def __str__(self) -> str:
+        return "a layer, one token at a time"
+
+
+@dataclass(frozen=True)
+class LayerCase:
+    """A layer's training pass: convolutions and norms around the operator, with the gradients of all parameters."""
+
+    dtype: str
+
+    def name(self, shared: int) -> str:
+        return verdicts.AROUND
+
+    def __str__(self) -> str:
+        return "a layer with its convolutions and norms"
+
+
+def _cases() -> Iterator[Case | StepCase | LayerCase]:
+    for dtype in ("bfloat16", "float32", "float16"):
+        plain = Case(dtype)
+        yield plain
+        yield replace(plain, projected=True)
+        for K, V in ((16, 16), (64, 64), (48, 100), (64, 128), (128, 256), (256, 256)):
+            yield replace(plain, K=K, V=V)
+        yield replace(plain, K=256, V=256, projected=True)
+        yield replace(plain, group=2)
+        yield replace(plain, cut=True)
+        for decay, erase, write in (
+            ("channel", "head", "head"), ("head", "head", "head"), ("none", "head", "head"), ("head", "none", "none"),
+        ):  # fmt: skip
+            yield replace(plain, decay=decay, erase=erase, write=write)
+        yield replace(plain, decay="channel", erase="head", write="head", projected=True)
+        yield LayerCase(dtype)
+        yield StepCase(dtype)
+
+
+CASES = tuple(_cases())
+QUICK = tuple(n for n, case in enumerate(CASES) if isinstance(case, Case) and case == Case(case.dtype))
+
+
+class Finding(NamedTuple):
+    """`output` and `gradient`: the worst relative L2 errors, of one head, or None. `wrong`: why it is, or ""."""
+
+    number: int
+    name: str
+    what: str
+    output: float | None
+    gradient: float | None
+    wrong: str
+    seconds: float
+
+
+def measure(
+    case: Case | StepCase | LayerCase, device: torch.device, configs: dict[str, Config] | None = None
+) -> tuple[float, float, str]:
+    """Worst errors of outputs and of gradients, and the name of the worst gradient; `configs` as for `using`."""
+    errors: dict[str, float] = {}
+    with using(configs or {}, SEGMENT if isinstance(case, Case) and case.cut else 0):
+        if isinstance(case, StepCase):
+            return _step_errors(case, device)
+        if isinstance(case, LayerCase):
+            return _layer_errors(case, device)
+        for lengths in (LONG,) if case.cut else (LONG, MANY):
+            for name, error in _rule_errors(case, lengths, device).items():
+                errors[name] = max(error, errors.get(name, 0.0))
+    return _worst(errors)
+
+
+def _worst(errors: dict[str, float]) -> tuple[float, float, str]:
+    gradients = {name: error for name, error in errors.items() if name.startswith("d ")}
+    outputs = [error for name, error in errors.items() if name not in gradients]
+    worst = max(gradients, key=lambda name: gradients[name], default="")
+    return max(outputs), gradients.get(worst, 0.0), worst
+
+
+def relative(a: Tensor, b: Tensor, heads: int | None = None) -> float:
+    """L2 distance of a from b relative to b, with `heads` the largest of any index on that axis; inf for NaN."""
+    a, b = a.detach().double(), b.detach().double()
+    if not bool(torch.isfinite(a).all()):
+        return float("inf")
+    if heads is None or heads >= a.dim():
+        return float((a - b).norm() / b.norm().clamp(min=1e-30))
+    rest = [n for n in range(a.dim()) if n != heads]
+    error, norm = (torch.linalg.vector_norm(x, dim=rest) for x in (a - b, b))
+    return float((error / norm.clamp(min=float(norm.max()) / 100 + 1e-30)).max())
+
+
+def _draw(case: Case, tokens: int, sequences: int, device: torch.device) -> dict[str, Tensor | None]:
+    """Head 0 has ordinary decays, head 1 every kind up to 10,000 nats a token."""
+    torch.manual_seed(0)
+    H, HV = 2, 2 * case.group
+    width = {"channel": (case.K, case.V), "head": (1, 1)}
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(*shape, device=device)
+
+    def gate(kind: str, heads: int, side: int, size: float = 1.0) -> Tensor | None:
+        return None if kind == "none" else size * normal(1, tokens, heads, width[kind][side])
+
+    x: dict[str, Tensor | None] = {"q": normal(1, tokens, H, case.K), "k": normal(1, tokens, H, case.K)}
+    x["v"] = normal(1, tokens, HV, case.V)
+    state = normal(sequences, HV, case.K, case.V)
+    decay, erase, write = gate(case.decay, H, 0), gate(case.erase, H, 0), gate(case.write, HV, 1)
+    if case.projected:
+        channels = case.K if case.decay == "channel" else 1
+        rate = {"rate": normal(H), "delta": normal(H * channels) - 4}
+        return {**x, "decay": decay, "erase": erase, "write": write, **rate, "state": state}
+    if decay is not None:
+        kinds = torch.tensor([0, -1e-3, -1, -25, -90, -1e4], device=device)
+        decay = -0.3 * decay.abs()
+        decay[:, :, 1] = kinds[torch.randint(0, 6, decay[:, :, 1].shape, device=device)]
+    x["k"] = F.normalize(normal(1, tokens, H, case.K), dim=-1)
+    gates = (None if g is None else g.sigmoid() for g in (erase, write))
+    return {**x, "log_decay": decay, **dict(zip(("erase", "write"), gates)), "state": state}
+
+
+def _rule_errors(case: Case, lengths: list[int], device: torch.device) -> dict[str, float]:
+    dtype = getattr(torch, case.dtype)
+    drawn = _draw(case, sum(lengths), len(lengths), device)
+    exact = ("log_decay", "rate", "delta", "state")
+    ours = {n: None if x is None else x.to(torch.float32 if n in exact else dtype) for n, x in drawn.items()}
+    cu_seqlens = torch.tensor([0, *lengths], device=device).cumsum(0)
+    rule: Callable[..., tuple[Tensor, Tensor | None]] = rule_from_projections if case.projected else gated_delta_rule_2
+    results = []
+    for kind, backend in ((None, "triton"), (torch.float64, "reference")):
+        leaves = {n: None if x is None else x.detach().to(kind or x.dtype).requires_grad_() for n, x in ours.items()}
+        tensors = [x for n, x in leaves.items() if n != "state"]
+        o, state = rule(
+            *tensors, initial_state=leaves["state"], output_final_state=True, cu_seqlens=cu_seqlens, backend=backend
+        )
+        assert state is not None  # it was asked for
+        results.append(_with_gradients({"o": o, "state": state}, {n: x for n, x in leaves.items() if x is not None}))
+    heads = {"state": 1, "d state": 1, "d rate": 0}
+    return {n: relative(x, results[1][n], heads.get(n, 2)) for n, x in results[0].items()}
+
+
+def _with_gradients(outputs: dict[str, Tensor], leaves: dict[str, Tensor]) -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    upstream = [torch.randn(y.shape, generator=generator).to(y) for y in outputs.values()]
+    gradients = torch.autograd.grad(list(outputs.values()), list(leaves.values()), upstream)
+    return outputs | {f"d {name}": g for name, g in zip(leaves, gradients)}
+
+
+def _layer(dtype: torch.dtype, device: torch.device) -> tuple[torch.nn.Module, torch.nn.Module]:
+    """The layer with its 2-D weights in dtype, and a copy in float64."""
+    from gdn2.layers import GatedDeltaNet2
+
+    torch.manual_seed(0)
+    layer = GatedDeltaNet2(64, 2, 2, 128, 128).to(device)
+    exact = GatedDeltaNet2(64, 2, 2, 128, 128).to(device).double()
+    exact.load_state_dict(layer.state_dict())
+    return layer, exact
+
+
+def _layer_errors(case: LayerCase, device: torch.device) -> tuple[float, float, str]:
+    dtype = getattr(torch, case.dtype)
+    layers = _layer(dtype, device)
+    drawn = torch.randn(2, 150, 64, device=device)
+    results = []
+    for layer, kind in zip(layers, (torch.float32, torch.float64)):
+        x = drawn.to(kind).requires_grad_()
+        with torch.autocast(device.type, dtype, enabled=kind is not torch.float64 and dtype != torch.float32):
+            y, _ = layer(x)
+        results.append(_with_gradients({"y": y}, {"x": x} | dict(layer.named_parameters())))
+    return _worst({n: relative(x, results[1][n]) for n, x in results[0].items()})
+
+
+@torch.no_grad()
+def _step_errors(case: StepCase, device: torch.device) -> tuple[float, float, str]:
+    dtype = getattr(torch, case.dtype)
+    layer, exact = _layer(dtype, device)
+    errors = {}
+    state = wide = None
+    for step, x in enumerate(torch.randn(4, 3, 1, 64, device=device)):
+        with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+            y, state = layer(x, state)
+        z, wide = exact(x.double(), wide)
+        errors[f"y {step}"] = relative(y, z)
+    return _worst(errors)
+
+
+def find(number: int, shared: int, run: Callable[[int], tuple[float, float, str]]) -> Finding:
+    """What `run` says of case `number`; a case that fails to end is wrong."""
+    case, start = CASES[number], time.perf_counter()
+    output = gradient = None
+    try:
+        output, gradient, worst = run(number)
+        bounds = (BOUNDS if isinstance(case, Case) else LAYER_BOUNDS)[case.dtype]
+        wrong = ""
+        if not output <= bounds[0]:
+            wrong = f"outputs are off by {output:.1e}, {bounds[0]:.0e} are allowed"
+        elif not gradient <= bounds[1]:
+            wrong = f"{worst} is off by {gradient:.1e}, {bounds[1]:.0e} are allowed"
+    except subprocess.SubprocessError as error:
+        wrong = str(error)
+    return Finding(number, case.name(shared), str(case), output, gradient, wrong, time.perf_counter() - start)
+
+
+def _in_a_process(number: int) -> tuple[float, float, str]:
+    """`measure` case `number` in a process of its own. SubprocessError when it does not end well."""
+    command = [sys.executable, "-m", "gdn2.ops.kernels.selftest", str(number)]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT, check=False)
+    except subprocess.TimeoutExpired:
+        raise subprocess.SubprocessError(f"no end within {TIMEOUT} s") from None
+    if done.returncode != 0:
+        said = (done.stderr.strip() or f"ended with {done.returncode}").splitlines()[-1]
+        raise subprocess.SubprocessError(said[:300])
+    output, gradient, worst = json.loads(done.stdout.splitlines()[-1])
+    return float(output), float(gradient), str(worst)
+
+
+def selftest(device: torch.device, quick: bool = False, jobs: int | None = None) -> Iterator[Finding]:
+    """The findings as they come in; at the end the verdict is on disk. `quick`: heads of 128 alone, and no verdict.
+
+    `jobs`: cases at a time, by default one for each CPU core up to 8.
+    """
+    jobs = jobs or min(8, os.cpu_count() or 1)
+    numbers = QUICK if quick else tuple(range(len(CASES)))
+    shared, wrong = shared_memory(device), {}
+    with ThreadPoolExecutor(jobs) as pool:
+        for finding in pool.map(lambda n: find(n, shared, _in_a_process), numbers):
+            if finding.wrong:
+                wrong[finding.name] = f"{finding.what}: {finding.wrong}"
+            yield finding
+    if not quick:
+        verdicts.save(device, verdicts.Verdict(True, wrong, verdicts.load(device).tuned))
+
+
+def main() -> None:
+    print(json.dumps(measure(CASES[int(sys.argv[1])], torch.device("cuda"))))
+
+
+if __name__ == "__main__":
+    main()

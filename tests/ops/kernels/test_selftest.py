@@ -1,0 +1,149 @@
+"""The self-test: it finds wrong kernels, keeps what it found, and the operator refuses them."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from gdn2.cli import main
+from gdn2.ops import gated_delta_rule_2
+from gdn2.ops.kernels import configs, launch, selftest, tables, tune, verdicts
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+SMALL = selftest.Case("float32", 16, 16)
+NAME = "float32, heads up to 128"
+
+
+@pytest.fixture(autouse=True)
+def empty_cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("GDN2_CACHE", str(tmp_path))
+    forget()
+    yield tmp_path
+    monkeypatch.undo()
+    forget()
+
+
+def forget():
+    verdicts._remembered.cache_clear()
+    configs.plan.cache_clear()
+
+
+def call():
+    q, k, v = torch.ones(3, 1, 4, 1, 16, device=DEVICE).unbind()
+    return gated_delta_rule_2(q, k, v, None, None, None, backend="triton")[0]
+
+
+def found(run, number=0):
+    return selftest.find(number, tables.H100_SHARED, run)
+
+
+@pytest.mark.parametrize("change", [{}, {"projected": True}, {"cut": True, "group": 2}], ids=str)
+def test_right_kernels_pass(change, monkeypatch):
+    monkeypatch.setattr(selftest, "LONG", [20, 0, 17])
+    monkeypatch.setattr(selftest, "MANY", [3, 0, 1])
+    output, gradient, _ = selftest.measure(selftest.replace(SMALL, **change), DEVICE)
+    assert 0 < output < 1e-5
+    assert 0 < gradient < 5e-5
+
+
+def test_a_wrong_gradient_is_found(monkeypatch):
+    right = launch.backward
+
+    def wrong(*args):
+        dq, *rest = right(*args)
+        dq[..., 1, :] *= 1.01  # one head of two
+        return (dq, *rest)
+
+    monkeypatch.setattr(selftest, "LONG", [9])
+    monkeypatch.setattr(selftest, "MANY", [2])
+    monkeypatch.setattr(launch, "backward", wrong)
+    number = next(n for n, case in enumerate(selftest.CASES) if case.dtype == "float32")
+    finding = found(lambda _: selftest.measure(SMALL, DEVICE), number)
+    assert "d q is off by 1.0e-02" in finding.wrong
+
+
+def test_layers_pass():
+    for case in (selftest.LayerCase("float32"), selftest.StepCase("float32")):
+        output, gradient, _ = selftest.measure(case, torch.device("cpu"))  # the torch path where there is no GPU
+        assert output < 1e-5
+        assert gradient < 5e-5
+
+
+def test_a_case_that_crashes_or_is_not_a_number_is_wrong():
+    def crash(number):
+        raise subprocess.SubprocessError("an illegal memory access was encountered")
+
+    assert found(crash).wrong == "an illegal memory access was encountered"
+    assert "outputs are off by nan" in found(lambda _: (float("nan"), 0.0, "d q")).wrong
+    assert "d q is off by inf" in found(lambda _: (0.0, float("inf"), "d q")).wrong
+    assert found(lambda _: (0.0, 0.0, "d q")).wrong == ""
+
+
+def test_what_was_found_wrong_is_refused_from_then_on(empty_cache):
+    call()
+    verdicts.save(DEVICE, verdicts.Verdict(True, {NAME: "d k is off by 0.54"}))
+    configs.plan.cache_clear()
+    with pytest.raises(ValueError, match=r"'float32, heads up to 128' are wrong on this GPU.*d k is off by 0\.54"):
+        call()
+    with configs.using({}):  # the self-test itself
+        call()
+    verdicts.save(DEVICE, verdicts.Verdict(True))
+    configs.plan.cache_clear()
+    call()
+    assert len(json.loads((empty_cache / "kernels.json").read_text())) == 1
+
+
+def test_tuned_configurations_are_used():
+    config = selftest.replace(tables.INTERPRETED, chunk=32)
+    verdicts.save(DEVICE, verdicts.Verdict(tuned={NAME: config}))
+    configs.plan.cache_clear()
+    assert configs.plan(torch.float32, DEVICE, 1, 16, 1, 16)[0] == config
+
+
+def test_another_version_of_triton_has_no_verdict(monkeypatch):
+    verdicts.save(DEVICE, verdicts.Verdict(True, {NAME: "wrong"}))
+    monkeypatch.setattr(verdicts.triton, "__version__", "0")
+    assert verdicts.load(DEVICE) == verdicts.Verdict()
+
+
+@pytest.mark.parametrize(("text", "words"), [("{", "is not JSON"), ("[]", "holds no JSON object")])
+def test_a_damaged_file_is_reported(text, words, empty_cache):
+    (empty_cache / "kernels.json").write_text(text)
+    with pytest.raises(ValueError, match=words):
+        call()
+
+
+def test_every_configuration_of_every_gpu_has_a_case():
+    for shared in (tables.H100_SHARED, tables.LEAST_SHARED):
+        names = {case.name(shared) for case in selftest.CASES}
+        for dtype in (torch.bfloat16, torch.float16, torch.float32):
+            for bound, _, _ in tables.CONFIGS[dtype.itemsize]:
+                assert configs.named_config(dtype, bound, bound, shared)[0] in names
+
+
+def test_trials_change_one_kernel_each():
+    (_, _, config), *_ = tables.CONFIGS[2]
+    trials = list(tune.trials(config))
+    assert len(set(trials)) == len(trials)
+    assert all(getattr(config, field) != value for field, value in trials)
+
+
+@pytest.mark.skipif(DEVICE.type == "cuda", reason="there is a GPU")
+def test_the_command_needs_a_gpu(capsys):
+    with pytest.raises(SystemExit) as leave:
+        main(["selftest"])
+    assert leave.value.code == 2
+    assert "torch finds none here" in capsys.readouterr().err
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(DEVICE.type == "cpu", reason="no CUDA device")
+@pytest.mark.parametrize("number", range(len(selftest.CASES)))
+def test_gpu_passes(number):
+    command = [sys.executable, "-m", "gdn2.ops.kernels.selftest", str(number)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    finding = found(lambda _: json.loads(done.stdout.splitlines()[-1]), number)
+    assert finding.wrong == ""
