@@ -2,10 +2,11 @@
 
     python benchmarks/gpu_operator.py [--fla] [--json FILE]
 
-Times are medians of CUDA events, in milliseconds, on bfloat16 operands with float32 log-decay; keys and queries are
-normalised before. The floor is each input read and each result written once at the rate of a device copy. Errors are
-relative L2 against the token-by-token reference in float64 on the same rounded operands. --fla needs
-flash-linear-attention 0.6.0 and autotunes it first, for minutes.
+bfloat16 operands with float32 log-decay, keys and queries normalised before. Times are medians, in milliseconds a
+call, of ten calls in a row between two CUDA events, as in training, where the host runs ahead. The floor is each input
+read and each result written once at the rate of a device copy. Errors are relative L2 against float64 on the same
+rounded operands: the token-by-token reference, and the chunkwise form above 4,096 tokens. --fla needs
+flash-linear-attention and fla-core 0.6.0, which search their configurations first, for minutes.
 """
 
 import argparse
@@ -14,76 +15,30 @@ import statistics
 import time
 from pathlib import Path
 
+import peers
 import torch
-import torch.nn.functional as F
 
-from gdn2.ops.kernels import launch
-from gdn2.ops.reference import recurrence
+from gdn2.ops import gated_delta_rule_2
 
-SHAPES = [(4, 4096, 16, 128), (1, 16384, 16, 128), (8, 2048, 16, 128), (2, 8192, 16, 128)]  # B, T, H, K = V
+SHAPES = [(8, 2048, 16, 128), (4, 4096, 16, 128), (2, 8192, 16, 128), (1, 16384, 16, 128)]  # B, T, H, K = V
+LENGTHS = [4096, 16384, 65536, 262144]
 DECODE_BATCHES = (1, 8, 64, 256)
-NAMES = ("q", "k", "v", "log_decay", "erase", "write")
-DECAYS = ("layer", "none", "-90", "mixed")
+CALLS = 10
 
 
-def operands(B, T, H, D, decay="layer", seed=0, dtype=torch.bfloat16):
-    """The six operands; the decays as the layer's initialisation draws them, or constant, or a mixture of extremes."""
-    torch.manual_seed(seed)
-    normal = lambda: torch.randn(B, T, H, D, device="cuda")  # noqa: E731
-    q, k, v = F.normalize(normal(), dim=-1), F.normalize(normal(), dim=-1), normal() / 2
-    erase, write = torch.rand(2, B, T, H, D, device="cuda")
-    rate = torch.empty(H, 1, device="cuda").uniform_(1, 16)
-    dt = torch.empty(H, D, device="cuda").uniform_(-6.9, -2.3).exp()
-    log_decay = -rate * F.softplus(0.3 * normal() + torch.log(torch.expm1(dt)))
-    if decay in ("none", "-90"):
-        log_decay = torch.full_like(log_decay, 0.0 if decay == "none" else -90.0)
-    elif decay == "mixed":
-        log_decay = torch.where(torch.rand_like(log_decay) < 0.1, 1e3 * log_decay, 0.1 * log_decay)
-    low = [x.to(dtype) for x in (q, k, v, erase, write)]
-    return [*low[:3], log_decay, *low[3:]]
-
-
-class Ours:
-    label = "gdn2"
-
-    def forward(self, tensors):
-        return launch.forward(*tensors, tensors[0].shape[-1] ** -0.5, None, None, False, False)[0]
-
-    def both(self, tensors, do):
-        scale = tensors[0].shape[-1] ** -0.5
-        o, _, residuals = launch.forward(*tensors, scale, None, None, False, True)
-        return o, launch.backward(do, None, *tensors, scale, None, None, residuals)[:6]
-
-
-class Fla:
-    label = "fla 0.6.0"
-
-    def __init__(self):
-        from fla.ops.gdn2 import chunk_gdn2
-
-        self.rule = chunk_gdn2
-
-    def forward(self, tensors):
-        with torch.no_grad():
-            return self.rule(*tensors)[0]
-
-    def both(self, tensors, do):
-        leaves = [x.detach().requires_grad_() for x in tensors]
-        o = self.rule(*leaves)[0]
-        return o, torch.autograd.grad(o, leaves, do)
-
-
-def median_ms(call, warm=5, rounds=20):
+def median_ms(call, warm=3, rounds=9, calls=CALLS):
     for _ in range(warm):
         call()
     times = []
     for _ in range(rounds):
+        torch.cuda.synchronize()
         start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
         start.record()
-        call()
+        for _ in range(calls):
+            call()
         end.record()
         end.synchronize()
-        times.append(start.elapsed_time(end))
+        times.append(start.elapsed_time(end) / calls)
     return statistics.median(times)
 
 
@@ -94,12 +49,11 @@ def copy_rate():
     return 2 * x.nbytes / median_ms(lambda: y.copy_(x)) * 1e3
 
 
-def timed(peer, shape, rate):
-    tensors = operands(*shape)
+def timed(peer, shape, rate, calls=CALLS):
+    tensors = peers.operands(*shape, tied=peer.tied)
     do = torch.randn_like(tensors[2])
     start = time.perf_counter()
     peer.both(tensors, do)
-    peer.forward(tensors)
     torch.cuda.synchronize()
     first_call = time.perf_counter() - start
     torch.cuda.reset_peak_memory_stats()
@@ -110,7 +64,8 @@ def timed(peer, shape, rate):
     read = sum(x.nbytes for x in tensors)
     floor_forward = (read + do.nbytes) / rate * 1e3
     floor_both = (3 * read + 2 * do.nbytes) / rate * 1e3
-    forward, both = median_ms(lambda: peer.forward(tensors)), median_ms(lambda: peer.both(tensors, do))
+    forward = median_ms(lambda: peer.forward(tensors), calls=calls)
+    both = median_ms(lambda: peer.both(tensors, do), calls=calls)
     return {
         "what": "time", "label": peer.label, "shape": shape, "forward_ms": round(forward, 3), "both_ms": round(both, 3),
         "forward_over_floor": round(forward / floor_forward, 1), "both_over_floor": round(both / floor_both, 1),
@@ -118,48 +73,86 @@ def timed(peer, shape, rate):
     }  # fmt: skip
 
 
+def by_length(peer, heads):
+    """Time a token of one sequence; the shorter it is, the more calls in a row."""
+    for T in LENGTHS:
+        calls = max(2, min(40, LENGTHS[-1] // T))
+        row = timed(peer, (1, T, heads, 128), 1e12, calls)
+        yield {
+            "what": "length", "label": peer.label, "heads": heads, "T": T, "forward_ms": row["forward_ms"],
+            "both_ms": row["both_ms"], "forward_ns_per_token": round(row["forward_ms"] / T * 1e6, 1),
+            "both_ns_per_token": round(row["both_ms"] / T * 1e6, 1), "peak_MiB": row["peak_MiB"],
+        }  # fmt: skip
+        torch.cuda.empty_cache()
+
+
 def relative(a, b):
     return ((a.double() - b).norm() / b.norm().clamp(min=1e-30)).item()
 
 
-def errors(peers, decay, dtype=torch.bfloat16, shape=(1, 256, 16, 128)):
-    tensors = operands(*shape, decay=decay, seed=1, dtype=dtype)
+INPUTS = {
+    "random": {},
+    "ragged": {"T": 250},
+    "identical keys": {"keys": "identical", "decay": "none"},
+    "no decay": {"decay": "none"},
+    "-90 nats": {"decay": "-90"},
+    "mixed decays": {"decay": "mixed"},
+    "T = 131,072": {"T": 131072, "H": 2},
+    "packed, some empty": {"lengths": [100, 0, 3, 64, 83, 1]},
+}
+
+
+def errors(candidates, kind, dtype=torch.bfloat16, T=256, H=16, lengths=None, **options):
+    tensors = peers.operands(1, sum(lengths) if lengths else T, H, 128, seed=1, dtype=dtype, **options)
+    cu_seqlens = None if lengths is None else torch.tensor([0, *lengths], device="cuda").cumsum(0)
     do = torch.randn_like(tensors[2])
     exact = [x.double().requires_grad_() for x in tensors]
-    o, _ = recurrence(*exact, shape[-1] ** -0.5)
-    gradients = torch.autograd.grad(o, exact, do.double())
-    for peer in peers:
-        ours, grads = peer.both(tensors, do)
-        row = {"o": relative(ours, o)} | {f"d {n}": relative(a, b) for n, a, b in zip(NAMES, grads, gradients)}
-        yield {
-            "what": "error", "label": peer.label, "dtype": str(dtype).removeprefix("torch."), "decay": decay,
-            **{n: float(f"{e:.1e}") for n, e in row.items()},
-        }  # fmt: skip
+    backend = "reference" if T <= 4096 else "torch"
+    o, _ = gated_delta_rule_2(*exact, cu_seqlens=cu_seqlens, backend=backend)
+    gradients = [g.cpu() for g in torch.autograd.grad(o, exact, do.double())]
+    o = o.detach().cpu()
+    del exact
+    for peer in candidates:
+        label = {"what": "error", "label": peer.label, "dtype": str(dtype).removeprefix("torch."), "inputs": kind}
+        try:
+            got, grads = peer.both(tensors, do, cu_seqlens)
+        except Exception as error:  # whatever a peer raises stands in the table
+            yield label | {"raised": repr(error)[:200]}
+            continue
+        row = {"o": relative(got.cpu(), o)}
+        row |= {f"d {n}": relative(a.cpu(), b) for n, a, b in zip(peers.NAMES, grads, gradients)}
+        yield label | {n: float(f"{e:.1e}") for n, e in row.items()}
 
 
-def decode(B, H=16, D=128):
-    tensors = [x[:, 0] for x in operands(B, 1, H, D)]
+def decode(label, step, B, H=16, D=128):
+    tensors = peers.operands(B, 1, H, D)
     state = torch.randn(B, H, D, D, device="cuda")
-    launch.step(*tensors, D**-0.5, state)
+    step(tensors, state)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         for _ in range(20):
-            launch.step(*tensors, D**-0.5, state)
-    ms = median_ms(graph.replay) / 20
-    return {"what": "decode", "batch": B, "us": round(ms * 1e3, 2), "state_TBps": round(2 * state.nbytes / ms / 1e9, 2)}
+            step(tensors, state)
+    ms = median_ms(graph.replay, calls=3) / 20
+    return {
+        "what": "decode", "label": label, "batch": B, "us": round(ms * 1e3, 2),
+        "state_TBps": round(2 * state.nbytes / ms / 1e9, 2),
+    }  # fmt: skip
 
 
 def rows(with_fla):
     rate = copy_rate()
     yield {"what": "device", "name": torch.cuda.get_device_name(), "torch": torch.__version__, "copy_TBps": rate / 1e12}
-    peers = [Ours()]
-    yield from (timed(peers[0], shape, rate) for shape in SHAPES)
-    yield from (decode(B) for B in DECODE_BATCHES)
-    yield from (row for decay in DECAYS for row in errors(peers, decay, torch.float32))
-    if with_fla:
-        peers.append(Fla())
-        yield from (timed(peers[1], shape, rate) for shape in SHAPES)
-    yield from (row for decay in DECAYS for row in errors(peers, decay))
+    rules = [peers.ours()] + ([peers.fla()] if with_fla else [])
+    tied = [peers.ours_tied()] + ([peers.fla_tied()] if with_fla else [])
+    yield from (timed(peer, shape, rate) for peer in rules + tied for shape in SHAPES)
+    steps = [("gdn2", peers.our_step)] + ([("fla 0.6.0 fused_recurrent_gdn2", peers.fla_step)] if with_fla else [])
+    yield from (decode(label, step, B) for label, step in steps for B in DECODE_BATCHES)
+    for heads in (16, 4):
+        yield from by_length(rules[0], heads)
+    for kind, options in INPUTS.items():
+        yield from errors(rules[:1], kind, torch.float32, **options)
+    for kind, options in INPUTS.items():
+        yield from errors(rules, kind, **options)
 
 
 def main():
@@ -172,8 +165,8 @@ def main():
         print(json.dumps(row), flush=True)
         kept.append(row)
         torch.cuda.empty_cache()
-    if args.json:
-        args.json.write_text(json.dumps(kept, indent=1))
+        if args.json:
+            args.json.write_text(json.dumps(kept, indent=1))
 
 
 if __name__ == "__main__":
