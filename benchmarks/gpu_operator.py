@@ -19,6 +19,7 @@ import peers
 import torch
 
 from gdn2.ops import gated_delta_rule_2
+from gdn2.ops.kernels import launch
 
 SHAPES = [(8, 2048, 16, 128), (4, 4096, 16, 128), (2, 8192, 16, 128), (1, 16384, 16, 128)]  # B, T, H, K = V
 LENGTHS = [4096, 16384, 65536, 262144]
@@ -73,17 +74,33 @@ def timed(peer, shape, rate, calls=CALLS):
     }  # fmt: skip
 
 
-def by_length(peer, heads):
-    """Time a token of one sequence; the shorter it is, the more calls in a row."""
-    for T in LENGTHS:
-        calls = max(2, min(40, LENGTHS[-1] // T))
-        row = timed(peer, (1, T, heads, 128), 1e12, calls)
-        yield {
-            "what": "length", "label": peer.label, "heads": heads, "T": T, "forward_ms": row["forward_ms"],
-            "both_ms": row["both_ms"], "forward_ns_per_token": round(row["forward_ms"] / T * 1e6, 1),
-            "both_ns_per_token": round(row["both_ms"] / T * 1e6, 1), "peak_MiB": row["peak_MiB"],
-        }  # fmt: skip
-        torch.cuda.empty_cache()
+def graphed_ms(call, calls):
+    """Milliseconds of a call replayed from a CUDA graph: what its kernels take, without the host's share."""
+    call()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        call()
+    return median_ms(graph.replay, 2, 5, calls)
+
+
+def length(T, heads, D=128):
+    """One sequence of T tokens, ours."""
+    tensors = peers.operands(1, T, heads, D)
+    do = torch.randn_like(tensors[2])
+    scale, calls = D**-0.5, max(2, min(40, LENGTHS[-1] // T))
+
+    def forward():
+        launch.forward(*tensors, scale, None, None, False, False)
+
+    def both():
+        kept = launch.forward(*tensors, scale, None, None, False, True)[2]
+        launch.backward(do, None, *tensors, scale, None, None, kept)
+
+    row = {"what": "length", "label": "gdn2", "heads": heads, "T": T}
+    for name, call in (("forward", forward), ("both", both)):
+        ms = graphed_ms(call, calls)
+        row |= {f"{name}_ms": round(ms, 3), f"{name}_ns_per_token": round(ms / T * 1e6, 1)}
+    return row
 
 
 def relative(a, b):
@@ -93,7 +110,8 @@ def relative(a, b):
 INPUTS = {
     "random": {},
     "ragged": {"T": 250},
-    "identical keys": {"keys": "identical", "decay": "none"},
+    "identical keys": {"keys": "identical"},
+    "identical keys, no decay": {"keys": "identical", "decay": "none"},
     "no decay": {"decay": "none"},
     "-90 nats": {"decay": "-90"},
     "mixed decays": {"decay": "mixed"},
@@ -142,17 +160,23 @@ def decode(label, step, B, H=16, D=128):
 def rows(with_fla):
     rate = copy_rate()
     yield {"what": "device", "name": torch.cuda.get_device_name(), "torch": torch.__version__, "copy_TBps": rate / 1e12}
-    rules = [peers.ours()] + ([peers.fla()] if with_fla else [])
-    tied = [peers.ours_tied()] + ([peers.fla_tied()] if with_fla else [])
-    yield from (timed(peer, shape, rate) for peer in rules + tied for shape in SHAPES)
-    steps = [("gdn2", peers.our_step)] + ([("fla 0.6.0 fused_recurrent_gdn2", peers.fla_step)] if with_fla else [])
-    yield from (decode(label, step, B) for label, step in steps for B in DECODE_BATCHES)
-    for heads in (16, 4):
-        yield from by_length(rules[0], heads)
+    ours, tied = peers.ours(), peers.ours_tied()
+    yield from (timed(peer, shape, rate) for peer in (ours, tied) for shape in SHAPES)
+    yield from (decode("gdn2", peers.our_step, B) for B in DECODE_BATCHES)
+    yield from (length(T, heads) for heads in (16, 4) for T in LENGTHS)
     for kind, options in INPUTS.items():
-        yield from errors(rules[:1], kind, torch.float32, **options)
+        yield from errors([ours], kind, torch.float32, **options)
+    if not with_fla:
+        for kind, options in INPUTS.items():
+            yield from errors([ours], kind, **options)
+        return
+    other = peers.fla()
+    yield from (timed(other, shape, rate) for shape in SHAPES)
+    other_tied = peers.fla_tied()
+    yield from (timed(other_tied, shape, rate) for shape in SHAPES)
+    yield from (decode("fla 0.6.0 fused_recurrent_gdn2", peers.fla_step, B) for B in DECODE_BATCHES)
     for kind, options in INPUTS.items():
-        yield from errors(rules, kind, **options)
+        yield from errors([ours, other], kind, **options)
 
 
 def main():

@@ -53,8 +53,8 @@ def operator(
         if backend == "torch":
             o, state, *_ = library.chunk(*inputs, cu_seqlens, scale, wants_gradient(*inputs))
         else:
-            o, state, _ = kernels(k, v)(
-                *inputs, None, None, cu_seqlens, scale, 1.0, 1.0, False, wants_gradient(*inputs)
+            o, state = kernels(k, v)(
+                *inputs, None, None, cu_seqlens, scale, 1.0, 1.0, False, wants_gradient(*inputs), output_final_state
             )
     return o, state if output_final_state else None
 
@@ -72,14 +72,14 @@ def without_kernels(k: Tensor, v: Tensor) -> str | None:
     return obstacle(v, k.shape[-1])
 
 
-def kernels(k: Tensor, v: Tensor) -> Callable[..., tuple[Tensor, ...]]:
-    """The operator's kernels, `ops.kernels.library.forward`. ValueError where they cannot run."""
+def kernels(k: Tensor, v: Tensor) -> Callable[..., tuple[Tensor, Tensor]]:
+    """The operator's kernels, `ops.kernels.library.rule`. ValueError where they cannot run."""
     reason = without_kernels(k, v)
     if reason is not None:
         raise ValueError(f"backend is 'triton', whose kernels {reason}; expected 'auto' or 'torch' here")
-    from gdn2.ops.kernels.library import forward
+    from gdn2.ops.kernels.library import rule
 
-    return forward
+    return rule
 
 
 def _announce(text: str) -> None:

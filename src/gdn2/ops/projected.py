@@ -60,7 +60,8 @@ def rule_from_projections(
     if backend == "triton" or (backend == "auto" and fused(v) and without_kernels(k, v) is None):
         inputs = (q, k, v, decay, erase, write, initial_state, rate, delta)
         op, scale = kernels(k, v), k.shape[-1] ** -0.5
-        o, state, _ = op(*inputs, cu_seqlens, scale, largest_erase, largest_write, True, wants_gradient(*inputs))
+        options = True, wants_gradient(*inputs), output_final_state
+        o, state = op(*inputs, cu_seqlens, scale, largest_erase, largest_write, *options)
         return o, state if output_final_state else None
     log_decay = None
     if decay is not None and rate is not None and delta is not None:

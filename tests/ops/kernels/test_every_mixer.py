@@ -43,7 +43,7 @@ def kernels(monkeypatch: pytest.MonkeyPatch) -> list[torch.dtype]:
         if tensors[2].dtype == torch.float64:
             return chunk(*arguments)
         seen.append(tensors[2].dtype)
-        return forward(*tensors, None, None, cu_seqlens, scale, 1.0, 1.0, False, save)
+        return forward(*tensors, None, None, cu_seqlens, scale, 1.0, 1.0, False, save, True)
 
     if DEVICE == "cpu":
         monkeypatch.setattr(library, "chunk", chosen)

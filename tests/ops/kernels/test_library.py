@@ -17,10 +17,10 @@ def operands(**options):
     return x
 
 
-def arguments(x, cu_seqlens=None, save=True, projected=False):
+def arguments(x, cu_seqlens=None, save=True, projected=False, final=True):
     gates = x.log_decay, x.erase, x.write
     rate, delta = (torch.ones(n, device=DEVICE, requires_grad=True) if projected else None for n in (1, 16))
-    return x.q, x.k, x.v, *gates, x.initial_state, rate, delta, cu_seqlens, 0.5, 2.0, 1.0, projected, save
+    return x.q, x.k, x.v, *gates, x.initial_state, rate, delta, cu_seqlens, 0.5, 2.0, 1.0, projected, save, final
 
 
 @pytest.mark.parametrize(
@@ -44,6 +44,46 @@ def test_fake_knows_the_shapes_of_packed_sequences():
     describe = lambda tensors: [(t.shape, t.dtype) for t in tensors]  # noqa: E731
     assert describe([*fake[:2], *fake[2]]) == describe([o, state, *kept])
     assert len(kept) == len(launch.Residuals._fields)
+
+
+def test_an_unwanted_state_and_unused_residuals_cost_nothing():
+    x = operands()
+    o, state = library.rule(*arguments(x, final=False))
+    assert state.numel() == 0
+    seen = []
+
+    class Watch(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            seen.append(str(function))
+            return function(*args, **(kwargs or {}))
+
+    with Watch():
+        torch.autograd.grad(o, [x.q], torch.ones_like(o))
+    assert not [name for name in seen if "zeros" in name]
+
+
+def test_plain_tensors_give_what_the_library_gives():
+    x = operands()
+    inputs = arguments(x, projected=True)
+    leaves = [t for t in inputs[:9] if t is not None]
+    results = []
+    for call in (library.forward, library.rule):
+        o, state = call(*inputs)[:2]
+        results.append(
+            [o, state, *torch.autograd.grad([o, state], leaves, [torch.ones_like(o), torch.ones_like(state)])]
+        )
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+    o, _ = library.rule(*inputs)
+    (once,) = torch.autograd.grad(o.sum(), [x.q], create_graph=True)
+    with pytest.raises(RuntimeError, match="does not require grad"):
+        torch.autograd.grad(once.sum(), [x.q])
+
+
+def test_a_gradient_of_the_state_alone_passes():
+    x = operands()
+    _, state = library.rule(*arguments(x))
+    _, expected = library.forward(*arguments(x))[:2]
+    assert torch.equal(*(torch.autograd.grad(s.sum(), [x.k])[0] for s in (state, expected)))
 
 
 @pytest.mark.parametrize("packed", [False, True])

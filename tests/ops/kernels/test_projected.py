@@ -39,13 +39,13 @@ def results(x, backend, **options):
     return {name: t.detach().double().cpu() for name, t in named.items()}
 
 
-def held_to_float64(x, dtype=torch.float32, cu_seqlens=None, **options):
+def held_to_float64(x, dtype=torch.float32, cu_seqlens=None, bounds=None, **options):
     kept = ("rate", "delta", "initial_state")
     ours = {n: t.to(DEVICE, torch.float32 if n in kept else dtype).requires_grad_() for n, t in x.items()}
     exact = {n: t.detach().cpu().double().requires_grad_() for n, t in ours.items()}
     expected = results(exact, "reference", cu_seqlens=cu_seqlens, **options)
     got = results(ours, "triton", cu_seqlens=None if cu_seqlens is None else cu_seqlens.to(DEVICE), **options)
-    for outputs, bound in zip((("o", "state"), got.keys() - {"o", "state"}), BOUNDS[dtype]):
+    for outputs, bound in zip((("o", "state"), got.keys() - {"o", "state"}), bounds or BOUNDS[dtype]):
         assert_close({n: got[n] for n in outputs}, {n: expected[n] for n in outputs}, bound)
 
 
@@ -66,7 +66,7 @@ def test_packed_projections_match_float64():
 
 def test_extreme_projections_match_float64():
     """Gates at both ends of their range, and decays from none to hundreds of nats a token."""
-    held_to_float64(draw(size=100.0))
+    held_to_float64(draw(size=100.0), bounds=(5e-6, 5e-5))  # the terms of d rate, 100 times larger, cancel
 
 
 def test_a_zero_vector_has_finite_gradients():

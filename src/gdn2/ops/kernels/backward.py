@@ -2,8 +2,8 @@
 
 With dS' the gradient of the state after a chunk, equations (53-72) reduce to
 
-    X = K_tail dS'      dS = gamma_C * dS' + P^T dO - Y^T X                                        (scan)
-    dR = A_qk^T dO + X      dZ = A^T dR      dV = w * dZ      dW = v * dZ                          (54, 57, 64, 73-74)
+    dR = A_qk^T dO + K_tail dS'      dS = gamma_C * dS' + Q^T dO - Y^T dR                          (scan; 54, 57)
+    dZ = A^T dR      dV = w * dZ      dW = v * dZ                                                  (64, 73-74)
     dA_qk = tril(dO R^T)    -dT = tril(dZ R^T, -1)      (= tril(A^T dA A^T), since A^T dA A^T = dZ R^T)    (53, 66)
     dQ = gamma * (dO S^T) + ratios of dA_qk with k      dE = -gamma * (dZ S^T) + ratios of dT with k
     dK' = gamma_C/gamma * (R dS'^T) + ratios of dA_qk^T with q and of dT^T with e                  (55-72)
@@ -46,14 +46,14 @@ from gdn2.ops.kernels.tiles import (
 
 @triton.jit
 def scan_back(
-    Y_ptr, P_ptr, K_tail_ptr, gamma_ptr, after_ptr, do_ptr, dS_last_ptr,
-    dS_first_ptr, dS_ptr, X_ptr,
+    Y_ptr, Q_ptr, K_tail_ptr, gamma_ptr, after_ptr, A_qk_ptr, do_ptr, dS_last_ptr,
+    dS_first_ptr, dS_ptr, dR_ptr,
     start_ptr, first_chunk_ptr,
     H: tl.constexpr, HV: tl.constexpr, K: tl.constexpr, V: tl.constexpr, KP: tl.constexpr, VP: tl.constexpr,
     C: tl.constexpr, BV: tl.constexpr, STAGES: tl.constexpr, DT: tl.constexpr, PREC: tl.constexpr,
     ERASE: tl.constexpr, FIRST: tl.constexpr, LAST: tl.constexpr,
 ):  # fmt: skip
-    """One sequence, one value head, BV value channels, last chunk first: X and `after` * dS' of every chunk.
+    """One sequence, one value head, BV value channels, last chunk first: dR and `after` * dS' of every chunk.
 
     LAST says whether a gradient of the final state comes in, FIRST whether that of the initial state is wanted.
     """
@@ -67,6 +67,7 @@ def scan_back(
     start, end = tl.load(start_ptr + sequence), tl.load(start_ptr + sequence + 1)
     first, last = tl.load(first_chunk_ptr + sequence), tl.load(first_chunk_ptr + sequence + 1)
     by_key, by_value, by_state = offsets(rows, keys, KP), offsets(rows, cols, VP), offsets(keys, cols, VP)
+    square = offsets(rows, rows, C)
 
     dS = tl.zeros((KP, BV), tl.float32)
     if LAST:
@@ -75,32 +76,33 @@ def scan_back(
         chunk = last.to(tl.int64) - 1 - step
         key_unit, value_unit = chunk * H + head, chunk * HV + value_head
         token = start + (chunk - first) * C
-        P = tl.load((P_ptr + key_unit * C * KP) + by_key)
+        Q = tl.load((Q_ptr + key_unit * C * KP) + by_key)
+        A_qk = tl.load((A_qk_ptr + key_unit * C * C) + square)
         K_tail = tl.load((K_tail_ptr + key_unit * C * KP) + by_key)
         gamma = tl.load(gamma_ptr + key_unit * KP + keys)
-        do = token_tile(do_ptr, token, rows, end - token, value_head, HV, V, cols)
+        do = token_tile(do_ptr, token, rows, end - token, value_head, HV, V, cols).to(DT)
         after = tl.load(after_ptr + key_unit * KP + keys)
         tl.store((dS_ptr + value_unit * KP * VP) + by_state, (dS * after[:, None]).to(DT))
         dS_low = dS.to(DT)
-        X = product(K_tail, dS_low, DT, PREC).to(DT)
-        tl.store((X_ptr + value_unit * C * VP) + by_value, X)
-        dS = dS * gamma[:, None] + product(tl.trans(P), do, DT, PREC)
+        dR = tl.dot(tl.trans(A_qk), do, product(K_tail, dS_low, DT, PREC), input_precision=PREC).to(DT)
+        tl.store((dR_ptr + value_unit * C * VP) + by_value, dR)
+        dS = dS * gamma[:, None] + product(tl.trans(Q), do, DT, PREC)
         if ERASE:
             Y = tl.load((Y_ptr + key_unit * C * KP) + by_key)
-            dS -= product(tl.trans(Y), X, DT, PREC)
+            dS -= product(tl.trans(Y), dR, DT, PREC)
     if FIRST:
         tl.store((dS_first_ptr + first_state) + state, dS, mask=inside)
 
 
 @triton.jit
 def value_gradients(
-    v_ptr, w_ptr, o_ptr, do_ptr, X_ptr, R_ptr, A_ptr, A_qk_ptr,
+    v_ptr, w_ptr, o_ptr, do_ptr, dR_ptr, R_ptr, A_ptr,
     dv_ptr, dw_ptr, dA_qk_ptr, diagonal_ptr, minus_dT_ptr, along_q_ptr, along_k_ptr,
     token_ptr, length_ptr, largest_write,
     H: tl.constexpr, HV: tl.constexpr, V: tl.constexpr, VP: tl.constexpr, DW: tl.constexpr,
     C: tl.constexpr, BV: tl.constexpr, DT: tl.constexpr, PREC: tl.constexpr, ERASE: tl.constexpr, ACT: tl.constexpr,
 ):  # fmt: skip
-    """One chunk of the value heads of one key head: dZ in the place of X, dV, dW, and dA_qk and -dT summed.
+    """One chunk of the value heads of one key head: dZ in the place of dR, dV, dW, and dA_qk and -dT summed.
 
     dA_qk is stored without its diagonal, which goes to a vector of its own [M, H, C]. With ACT also <q, dq> and
     <k, dk>, of the same shape.
@@ -113,7 +115,6 @@ def value_gradients(
     rows = tl.arange(0, C)
     unit = tl.program_id(0).to(tl.int64)
     square = offsets(rows, rows, C)
-    A_qk_T = tl.trans(tl.load((A_qk_ptr + unit * C * C) + square))
     if ERASE:
         A_T = tl.trans(tl.load((A_ptr + unit * C * C) + square))
     dA_qk = tl.zeros((C, C), tl.float32)
@@ -130,12 +131,13 @@ def value_gradients(
             do = token_tile(do_ptr, token, rows, n, value_head, HV, V, cols).to(DT)
             R = tl.load((R_ptr + value_unit * C * VP) + tile)
             dA_qk = tl.dot(do, tl.trans(R), dA_qk, input_precision=PREC)
-            dZ = product(A_qk_T, do, DT, PREC) + tl.load((X_ptr + value_unit * C * VP) + tile).to(tl.float32)
+            dR = tl.load((dR_ptr + value_unit * C * VP) + tile)
+            dZ = dR.to(tl.float32)
             if ERASE:
-                dZ = product(A_T, dZ, DT, PREC)
+                dZ = product(A_T, dR, DT, PREC)
                 minus_dT = tl.dot(dZ.to(DT), tl.trans(R), minus_dT, input_precision=PREC)
-            tl.debug_barrier()  # every thread has read its part of X
-            tl.store((X_ptr + value_unit * C * VP) + tile, dZ.to(DT))
+                tl.debug_barrier()  # every thread has read its part of dR
+                tl.store((dR_ptr + value_unit * C * VP) + tile, dZ.to(DT))
             if ACT:
                 o = token_tile(o_ptr, token, rows, n, value_head, HV, V, cols)
                 along_q += tl.sum(o * do.to(tl.float32), 1)

@@ -20,6 +20,7 @@ BUSY = 128  # programs of a scan over segments: one fills a multiprocessor's sha
 SHORT = 16  # chunks that a segment has at least
 
 _log = logging.getLogger("gdn2")
+_shared_memory: dict[torch.device, int] = {}
 _forced: dict[str, Config] = {}
 _forced_segment: int | None = None
 
@@ -47,8 +48,11 @@ def shared_memory(device: torch.device) -> int:
     """Bytes of shared memory that a program on this device may have; an H100's where there is no GPU."""
     if device.type != "cuda":
         return H100_SHARED
-    index = torch.cuda.current_device() if device.index is None else device.index
-    return int(triton.runtime.driver.active.utils.get_device_properties(index)["max_shared_mem"])
+    if device not in _shared_memory:  # asking the driver takes a millisecond
+        index = torch.cuda.current_device() if device.index is None else device.index
+        properties = triton.runtime.driver.active.utils.get_device_properties(index)
+        _shared_memory[device] = int(properties["max_shared_mem"])
+    return _shared_memory[device]
 
 
 def named_config(dtype: torch.dtype, K: int, V: int, shared: int = H100_SHARED) -> tuple[str, Config]:

@@ -3,8 +3,8 @@
 Legend, as in `reference.py` with the paper's symbols inside a chunk: S is the state before the chunk, E = gamma * b * k
 (the paper's Ebar), Q = gamma * scale * q (Q_gamma), Z = w * v, A = (I + T)^-1, and
 
-    Y = A E    U = A Z    P = Q - A_qk Y    O_local = A_qk U    K_tail = (gamma_C / gamma) * k
-    R = U - Y S    O = P S + O_local    S <- gamma_C * S + K_tail^T R                     (22-25, 35)
+    Y = A E    U = A Z    K_tail = (gamma_C / gamma) * k
+    R = U - Y S    O = Q S + A_qk R    S <- gamma_C * S + K_tail^T R                      (22-25, 35)
 
 Scratch is chunk-major, [chunks, heads, C, padded head size], in the operand type DT; rows past a sequence's end are
 zero. KP and VP are the head sizes padded to a power of two. DG, DB and DW are the last axes of log-decay, erase and
@@ -124,21 +124,9 @@ def _written(
 
 
 @triton.jit
-def _store_values(
-    Z, A, A_qk, U_ptr, O_local_ptr, value_unit, rows, values,
-    VP: tl.constexpr, C: tl.constexpr, DT: tl.constexpr, PREC: tl.constexpr, ERASE: tl.constexpr,
-):  # fmt: skip
-    """U and O_local of some value channels."""
-    U = product(A, Z, DT, PREC).to(DT) if ERASE else Z
-    first, tile = value_unit * C * VP, offsets(rows, values, VP)
-    tl.store((U_ptr + first) + tile, U)
-    tl.store((O_local_ptr + first) + tile, product(A_qk, U, DT, PREC).to(DT))
-
-
-@triton.jit
 def prepare_chunks(
     q_ptr, k_ptr, v_ptr, g_ptr, b_ptr, w_ptr, rate_ptr, delta_ptr,
-    Y_ptr, P_ptr, K_tail_ptr, gamma_ptr, before_ptr, after_ptr, U_ptr, O_local_ptr, A_ptr, A_qk_ptr,
+    Y_ptr, Q_ptr, K_tail_ptr, gamma_ptr, before_ptr, after_ptr, U_ptr, A_ptr, A_qk_ptr,
     token_ptr, length_ptr, strong_ptr, scale, largest_erase, largest_write, eps,
     H: tl.constexpr, HV: tl.constexpr, K: tl.constexpr, V: tl.constexpr, KP: tl.constexpr, VP: tl.constexpr,
     DG: tl.constexpr, DB: tl.constexpr, DW: tl.constexpr,
@@ -146,10 +134,10 @@ def prepare_chunks(
     RANGE: tl.constexpr, DT: tl.constexpr, PREC: tl.constexpr, SOLVE: tl.constexpr, SAVE: tl.constexpr,
     ACT: tl.constexpr, STRONG: tl.constexpr,
 ):  # fmt: skip
-    """One chunk of one key head: everything of the legend that does not need S; A and A_qk too when SAVE.
+    """One chunk of one key head: everything of the legend that does not need S; A too when SAVE.
 
-    The launch with STRONG unset marks the strong chunks and leaves them to the one with STRONG. Until A is known, E and
-    Q wait in registers, or in the buffers of Y and P when they take more than one tile.
+    The launch with STRONG unset marks the strong chunks and leaves them to the one with STRONG. Until A is known, E
+    waits in registers, or in the buffer of Y when it takes more than one tile.
     """
     chunk, head = tl.program_id(0) // H, tl.program_id(0) % H
     n = tl.load(length_ptr + chunk)
@@ -159,7 +147,7 @@ def prepare_chunks(
         return
     token = tl.load(token_ptr + chunk)
     unit = tl.program_id(0).to(tl.int64)
-    Y_ptr, P_ptr = Y_ptr + unit * C * KP, P_ptr + unit * C * KP
+    Y_ptr, Q_ptr = Y_ptr + unit * C * KP, Q_ptr + unit * C * KP
     rows = tl.arange(0, C)
     ERASE: tl.constexpr = DB != 0
     GROUP: tl.constexpr = HV // H
@@ -178,6 +166,7 @@ def prepare_chunks(
             token, rows, n, head, unit, tl.arange(0, BK), scale, shorter_q, shorter_k, largest_erase,
             H, K, KP, DG, DB, C, LOG_C, RANGE, DT, PREC, SAVE, ACT, STRONG,
         )  # fmt: skip
+        tl.store(Q_ptr + offsets(rows, tl.arange(0, BK), KP), Q)
     else:
         diagonal = tl.zeros((C,), tl.float32)
         weakest = 0.0
@@ -189,7 +178,7 @@ def prepare_chunks(
                 H, K, KP, DG, DB, C, LOG_C, RANGE, DT, PREC, SAVE, ACT, STRONG,
             )  # fmt: skip
             tile = offsets(rows, cols, KP)
-            tl.store(P_ptr + tile, Q)
+            tl.store(Q_ptr + tile, Q)
             if ERASE:
                 tl.store(Y_ptr + tile, E)
             diagonal += products
@@ -202,45 +191,38 @@ def prepare_chunks(
     below = rows[:, None] > rows[None, :]
     A_qk = tl.where(below, A_qk, tl.where(rows[:, None] == rows[None, :], diagonal[:, None], 0.0)).to(DT)
     square = offsets(rows, rows, C)
-    if SAVE:
-        tl.store((A_qk_ptr + unit * C * C) + square, A_qk)
+    tl.store((A_qk_ptr + unit * C * C) + square, A_qk)
     A = A_qk
     if ERASE:
         A = unit_lower_inverse(tl.where(below, T, 0.0), LOG_C, SOLVE).to(DT)
         if SAVE:
             tl.store((A_ptr + unit * C * C) + square, A)
-    if WHOLE:
-        tile = offsets(rows, tl.arange(0, BK), KP)
-        P = Q.to(tl.float32)
-        if ERASE:
-            Y = product(A, E, DT, PREC).to(DT)
-            tl.store(Y_ptr + tile, Y)
-            P -= product(A_qk, Y, DT, PREC)
-        tl.store(P_ptr + tile, P.to(DT))
-    elif ERASE:
-        tl.debug_barrier()
-        for first in tl.range(0, KP, BK):
-            tile = offsets(rows, first + tl.arange(0, BK), KP)
-            Y = product(A, tl.load(Y_ptr + tile), DT, PREC).to(DT)
-            P = tl.load(P_ptr + tile).to(tl.float32) - product(A_qk, Y, DT, PREC)
+    if ERASE:
+        if WHOLE:
+            tl.store(Y_ptr + offsets(rows, tl.arange(0, BK), KP), product(A, E, DT, PREC).to(DT))
+        else:
             tl.debug_barrier()
-            tl.store(Y_ptr + tile, Y)
-            tl.store(P_ptr + tile, P.to(DT))
+            for first in tl.range(0, KP, BK):
+                tile = offsets(rows, first + tl.arange(0, BK), KP)
+                Y = product(A, tl.load(Y_ptr + tile), DT, PREC).to(DT)
+                tl.debug_barrier()
+                tl.store(Y_ptr + tile, Y)
 
     if ONE:
-        _store_values(Z, A, A_qk, U_ptr, O_local_ptr, unit, rows, tl.arange(0, BV), VP, C, DT, PREC, ERASE)
+        U = product(A, Z, DT, PREC).to(DT) if ERASE else Z
+        tl.store((U_ptr + unit * C * VP) + offsets(rows, tl.arange(0, BV), VP), U)
     else:
         for part in tl.range(0, GROUP * (VP // BV)):
             value_head = head * GROUP + part // (VP // BV)
             values = (part % (VP // BV)) * BV + tl.arange(0, BV)
             Z = _written(v_ptr, w_ptr, token, rows, n, value_head, values, largest_write, HV, V, DW, DT, ACT)
-            value_unit = chunk.to(tl.int64) * HV + value_head
-            _store_values(Z, A, A_qk, U_ptr, O_local_ptr, value_unit, rows, values, VP, C, DT, PREC, ERASE)
+            U = product(A, Z, DT, PREC).to(DT) if ERASE else Z
+            tl.store((U_ptr + (chunk.to(tl.int64) * HV + value_head) * C * VP) + offsets(rows, values, VP), U)
 
 
 @triton.jit
 def scan_chunks(
-    Y_ptr, P_ptr, K_tail_ptr, gamma_ptr, before_ptr, U_ptr, O_local_ptr, S_first_ptr,
+    Y_ptr, Q_ptr, K_tail_ptr, gamma_ptr, before_ptr, U_ptr, A_qk_ptr, S_first_ptr,
     o_ptr, S_last_ptr, S_ptr, R_ptr,
     start_ptr, first_chunk_ptr,
     H: tl.constexpr, HV: tl.constexpr, K: tl.constexpr, V: tl.constexpr, KP: tl.constexpr, VP: tl.constexpr,
@@ -262,17 +244,18 @@ def scan_chunks(
     start, end = tl.load(start_ptr + sequence), tl.load(start_ptr + sequence + 1)
     first, last = tl.load(first_chunk_ptr + sequence), tl.load(first_chunk_ptr + sequence + 1)
     by_key, by_value, by_state = offsets(rows, keys, KP), offsets(rows, cols, VP), offsets(keys, cols, VP)
+    square = offsets(rows, rows, C)
 
     S = tl.zeros((KP, BV), tl.float32)
     if FIRST:
         S += tl.load((S_first_ptr + first_state) + state, mask=inside, other=0.0)
     for step in tl.range(0, last - first, num_stages=STAGES):
         key_unit, value_unit = (first.to(tl.int64) + step) * H + head, (first.to(tl.int64) + step) * HV + value_head
-        P = tl.load((P_ptr + key_unit * C * KP) + by_key)
+        Q = tl.load((Q_ptr + key_unit * C * KP) + by_key)
+        A_qk = tl.load((A_qk_ptr + key_unit * C * C) + square)
         K_tail = tl.load((K_tail_ptr + key_unit * C * KP) + by_key)
         gamma = tl.load(gamma_ptr + key_unit * KP + keys)
         R = tl.load((U_ptr + value_unit * C * VP) + by_value)
-        O_local = tl.load((O_local_ptr + value_unit * C * VP) + by_value)
         S_low = S.to(DT)
         if SAVE:
             before = tl.load(before_ptr + key_unit * KP + keys)
@@ -282,7 +265,7 @@ def scan_chunks(
             R = (R.to(tl.float32) - product(Y, S_low, DT, PREC)).to(DT)
             if SAVE:
                 tl.store((R_ptr + value_unit * C * VP) + by_value, R)
-        o = O_local.to(tl.float32) + product(P, S_low, DT, PREC)
+        o = tl.dot(A_qk, R, product(Q, S_low, DT, PREC), input_precision=PREC)
         token = start + step * C
         store_token_tile(o_ptr, o, token, rows, end - token, value_head, HV, V, cols)
         S = S * gamma[:, None] + product(tl.trans(K_tail), R, DT, PREC)

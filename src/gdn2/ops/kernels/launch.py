@@ -37,7 +37,7 @@ class Residuals(NamedTuple):
 
     S: Tensor
     R: Tensor
-    P: Tensor
+    Q: Tensor
     K_tail: Tensor
     gamma: Tensor
     after: Tensor
@@ -48,7 +48,7 @@ class Residuals(NamedTuple):
     M: Tensor
 
 
-USED_BY_SCAN = ("P", "K_tail", "gamma", "strong", "Y", "M")
+USED_BY_SCAN = ("Q", "K_tail", "gamma", "A_qk", "strong", "Y", "M")
 
 
 def residual_specs(
@@ -129,7 +129,7 @@ def _after_segments(
     BV, warps, stages = min(s.VP, config.scan[0]), *config.scan[1:]
     run(
         map_segments_back, S * s.HV * (s.VP // BV),
-        (kept.Y, kept.P, kept.K_tail, kept.gamma, do, N, *segments.spans),
+        (kept.Y, kept.Q, kept.K_tail, kept.gamma, kept.A_qk, do, N, *segments.spans),
         (s.H, s.HV, s.K, s.V, s.KP, s.VP, s.C, BV, stages, s.DT, s.PREC, erase),
         warps, stages,
     )  # fmt: skip
@@ -170,15 +170,17 @@ def forward(
         }
     )
     before = torch.empty_like(kept.gamma)
-    O_local = torch.empty(M, s.HV, s.C, s.VP, dtype=s.buffer, device=v.device)
-    U = kept.R if erase is None and save_for_backward else torch.empty_like(O_local)
+    # Without erasing R is U.
+    by_value = (M, s.HV, s.C, s.VP)
+    in_place = erase is None and save_for_backward
+    U = kept.R if in_place else torch.empty(by_value, dtype=s.buffer, device=v.device)
 
     for strong in _launches(log_decay):
         BK, BV, warps, stages = config.strong_prepare if strong else config.prepare
         run(
             prepare_chunks, M * s.H,
-            (q, k, v, log_decay, erase, write, a.rate, a.delta, kept.Y, kept.P, kept.K_tail, kept.gamma, before,
-             kept.after, U, O_local, kept.A, kept.A_qk, chunks.token, chunks.length, kept.strong, scale,
+            (q, k, v, log_decay, erase, write, a.rate, a.delta, kept.Y, kept.Q, kept.K_tail, kept.gamma, before,
+             kept.after, U, kept.A, kept.A_qk, chunks.token, chunks.length, kept.strong, scale,
              a.largest_erase, a.largest_write, L2_EPS),
             (s.H, s.HV, s.K, s.V, s.KP, s.VP, _last(log_decay), _last(erase), _last(write), s.C, s.LOG_C,
              min(s.KP, BK), min(s.VP, BV), s.RANGE, s.DT, s.PREC, s.SOLVE, save_for_backward, activation is not None,
@@ -195,7 +197,7 @@ def forward(
     BV, warps, stages = scan_tile(config, S, s)
     run(
         scan_chunks, S * s.HV * (s.VP // BV),
-        (kept.Y, kept.P, kept.K_tail, kept.gamma, before, U, O_local, state, o, final, kept.S, kept.R, *spans),
+        (kept.Y, kept.Q, kept.K_tail, kept.gamma, before, U, kept.A_qk, state, o, final, kept.S, kept.R, *spans),
         (s.H, s.HV, s.K, s.V, s.KP, s.VP, s.C, BV, stages, s.DT, s.PREC, erase is not None,
          state is not None, output_final_state, save_for_backward),
         warps, stages,
@@ -221,7 +223,7 @@ def backward(
     M, N = chunk_count(k, cu_seqlens, s.C), sequence_count(k, cu_seqlens)
     chunks, spans, segments = locate(k, cu_seqlens, s.C, segment_length(config, M, N, s))
     do, dfinal_state, q, k, v, log_decay, erase, write = _dense(do, dfinal_state, q, k, v, log_decay, erase, write)
-    dS, X, dA_qk, minus_dT = (torch.empty_like(x) for x in (kept.S, kept.R, kept.A_qk, kept.A))
+    dS, dR, dA_qk, minus_dT = (torch.empty_like(x) for x in (kept.S, kept.R, kept.A_qk, kept.A))
     dq, dk, dv, dg, db, dw = (
         None if x is None else torch.empty_like(x, memory_format=torch.contiguous_format)
         for x in (q, k, v, log_decay, erase, write)
@@ -243,7 +245,7 @@ def backward(
     BV, warps, stages = scan_tile(config, S, s)
     run(
         scan_back, S * s.HV * (s.VP // BV),
-        (kept.Y, kept.P, kept.K_tail, kept.gamma, kept.after, do, dstate, dS_first, dS, X, *spans),
+        (kept.Y, kept.Q, kept.K_tail, kept.gamma, kept.after, kept.A_qk, do, dstate, dS_first, dS, dR, *spans),
         (s.H, s.HV, s.K, s.V, s.KP, s.VP, s.C, BV, stages, s.DT, s.PREC, erase is not None,
          initial_state is not None, dstate is not None),
         warps, stages,
@@ -253,7 +255,7 @@ def backward(
     BV, warps, stages = config.value
     run(
         value_gradients, M * s.H,
-        (v, write, o, do, X, kept.R, kept.A, kept.A_qk, dv, dw, dA_qk, diagonal,
+        (v, write, o, do, dR, kept.R, kept.A, dv, dw, dA_qk, diagonal,
          minus_dT, along_q, along_k, chunks.token, chunks.length, a.largest_write),
         (s.H, s.HV, s.V, s.VP, _last(write), s.C, min(s.VP, BV), s.DT, s.PREC, erase is not None, act),
         warps, stages,
@@ -262,7 +264,7 @@ def backward(
         BK, BV, warps, stages = config.strong_key if strong else config.key
         run(
             key_gradients, M * s.H * (s.KP // span),
-            (q, k, log_decay, erase, a.rate, a.delta, do, X, kept.R, kept.S, dS, dA_qk, diagonal, minus_dT, along_q,
+            (q, k, log_decay, erase, a.rate, a.delta, do, dR, kept.R, kept.S, dS, dA_qk, diagonal, minus_dT, along_q,
              along_k, dq, dk, dg, db, drate, ddelta, chunks.token, chunks.length, kept.strong, scale, a.largest_erase,
              L2_EPS),
             (s.H, s.HV, s.K, s.V, s.KP, s.VP, _last(log_decay), _last(erase), s.C, s.LOG_C,

@@ -1,9 +1,16 @@
-"""The Triton kernels as `torch.library` ops with fakes and autograd, as `gdn2.ops.library` does for the chunk form."""
+"""The Triton kernels as `torch.library` ops with fakes and autograd, as `gdn2.ops.library` does for the chunk form.
 
+`rule` calls them. On plain tensors outside a compiler it does so without the library in between, whose bookkeeping
+takes the host longer than the kernels take at 16,384 tokens.
+"""
+
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
+from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from gdn2.ops.kernels import launch
 from gdn2.ops.kernels.configs import shared_memory
@@ -33,13 +40,12 @@ def _activation(
     return launch.Activation(rate, delta, largest_erase, largest_write) if projected else None
 
 
-@torch.library.custom_op("gdn2::triton", mutates_args=())
-def forward(
+def _forward(
     q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None, erase: Tensor | None, write: Tensor | None,
     initial_state: Tensor | None, rate: Tensor | None, delta: Tensor | None, cu_seqlens: Tensor | None, scale: float,
-    largest_erase: float, largest_write: float, projected: bool, save: bool,
+    largest_erase: float, largest_write: float, projected: bool, save: bool, final: bool,
 ) -> tuple[Tensor, Tensor, list[Tensor]]:  # fmt: skip
-    """o, the final state, and `launch.Residuals` (none unless `save`).
+    """o, the final state (empty unless `final`), and `launch.Residuals` (none unless `save`).
 
     `projected` says that q, k and the gates are what a layer projects; only then do rate, delta and the largest count.
     """
@@ -50,21 +56,24 @@ def forward(
         g, b, w = (None if gate is None else gate[:, 0] for gate in (log_decay, erase, write))
         o = launch.step(q[:, 0], k[:, 0], v[:, 0], g, b, w, scale, state)
         return o.unsqueeze(1), state, []
-    o, final, kept = launch.forward(
-        q, k, v, log_decay, erase, write, scale, initial_state, cu_seqlens, output_final_state=True,
+    o, after, kept = launch.forward(
+        q, k, v, log_decay, erase, write, scale, initial_state, cu_seqlens, output_final_state=final,
         save_for_backward=save, activation=_activation(rate, delta, largest_erase, largest_write, projected),
     )  # fmt: skip
-    assert final is not None  # it was asked for
-    return o, final, list(kept)
+    return o, v.new_empty(0, dtype=torch.float32) if after is None else after, list(kept)
+
+
+forward = torch.library.custom_op("gdn2::triton", _forward, mutates_args=())
 
 
 @forward.register_fake
 def _(
     q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None, erase: Tensor | None, write: Tensor | None,
     initial_state: Tensor | None, rate: Tensor | None, delta: Tensor | None, cu_seqlens: Tensor | None, scale: float,
-    largest_erase: float, largest_write: float, projected: bool, save: bool,
+    largest_erase: float, largest_write: float, projected: bool, save: bool, final: bool,
 ) -> tuple[Tensor, Tensor, list[Tensor]]:  # fmt: skip
-    state = v.new_empty(_state_shape(k, v, cu_seqlens), dtype=torch.float32)
+    one = k.shape[1] == 1 and cu_seqlens is None and not save and not projected
+    state = v.new_empty(_state_shape(k, v, cu_seqlens) if final or one else 0, dtype=torch.float32)
     specs = launch.residual_specs(k, v, erase, cu_seqlens)
     kept = [v.new_empty(shape, dtype=dtype) for shape, dtype in specs] if save else []
     return v.new_empty(v.shape), state, kept
@@ -75,9 +84,8 @@ def _state_shape(k: Tensor, v: Tensor, cu_seqlens: Tensor | None) -> list[int]:
     return [N, v.shape[2], k.shape[3], v.shape[3]]
 
 
-@torch.library.custom_op("gdn2::triton_backward", mutates_args=())
-def backward(
-    do: Tensor, d_final: Tensor, q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None, erase: Tensor | None,
+def _backward(
+    do: Tensor, d_final: Tensor | None, q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None, erase: Tensor | None,
     write: Tensor | None, initial_state: Tensor | None, rate: Tensor | None, delta: Tensor | None,
     cu_seqlens: Tensor | None, scale: float, largest_erase: float, largest_write: float, o: Tensor | None,
     kept: list[Tensor],
@@ -91,9 +99,12 @@ def backward(
     return [q.new_empty(0) if x is None else x for x in wanted]
 
 
+backward = torch.library.custom_op("gdn2::triton_backward", _backward, mutates_args=())
+
+
 @backward.register_fake
 def _(
-    do: Tensor, d_final: Tensor, q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None, erase: Tensor | None,
+    do: Tensor, d_final: Tensor | None, q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None, erase: Tensor | None,
     write: Tensor | None, initial_state: Tensor | None, rate: Tensor | None, delta: Tensor | None,
     cu_seqlens: Tensor | None, scale: float, largest_erase: float, largest_write: float, o: Tensor | None,
     kept: list[Tensor],
@@ -103,17 +114,51 @@ def _(
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, list[Tensor]]) -> None:
-    *tensors, ctx.scale, ctx.largest_erase, ctx.largest_write, projected, _ = inputs
+    *tensors, ctx.scale, ctx.largest_erase, ctx.largest_write, projected, _, _ = inputs
+    ctx.set_materialize_grads(False)  # or every residual gets a gradient of zeros
     ctx.save_for_backward(*tensors, output[0] if projected else None, *output[2])
 
 
-def _backward(ctx: Any, do: Tensor, d_final: Tensor, _: list[Tensor | None]) -> tuple[Tensor | None, ...]:
+def _gradients(
+    call: Callable[..., list[Tensor]], ctx: Any, do: Tensor | None, d_final: Tensor | None
+) -> tuple[Tensor | None, ...]:
     *tensors, cu_seqlens, o = ctx.saved_tensors[:11]
-    grads = backward(
+    do = torch.zeros_like(tensors[2]) if do is None else do
+    grads = call(
         do, d_final, *tensors, cu_seqlens, ctx.scale, ctx.largest_erase, ctx.largest_write, o,
         list(ctx.saved_tensors[11:]),
     )  # fmt: skip
-    return *(g if t is not None else None for g, t in zip(grads, tensors)), None, None, None, None, None, None
+    return *(g if t is not None else None for g, t in zip(grads, tensors)), *[None] * 7
 
 
-forward.register_autograd(_backward, setup_context=_setup)
+forward.register_autograd(
+    lambda ctx, do, d_final, _: _gradients(backward, ctx, do, d_final),
+    setup_context=_setup,
+)
+
+
+class _Rule(torch.autograd.Function):
+    """`forward` without the library in between; gradients of gradients are refused."""
+
+    @staticmethod
+    def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, Tensor]:
+        o, state, kept = _forward(*inputs)
+        if kept:
+            _setup(ctx, inputs, (o, state, kept))
+        return o, state
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, do: Tensor | None, d_final: Tensor | None) -> tuple[Tensor | None, ...]:
+        return _gradients(_backward, ctx, do, d_final)
+
+
+def rule(*inputs: Any) -> tuple[Tensor, Tensor]:
+    """o and the final state; arguments as for `forward`."""
+    plain = all(type(x) in (Tensor, torch.nn.Parameter) for x in inputs[:10] if x is not None)
+    busy = torch.compiler.is_compiling() or is_in_torch_dispatch_mode() or torch._C._are_functorch_transforms_active()
+    if plain and not busy:
+        o, state = _Rule.apply(*inputs)
+    else:
+        o, state, _ = forward(*inputs)
+    return o, state

@@ -54,7 +54,7 @@ def map_segments(
 
 @triton.jit
 def map_segments_back(
-    Y_ptr, P_ptr, K_tail_ptr, gamma_ptr, do_ptr, out_ptr, start_ptr, first_chunk_ptr,
+    Y_ptr, Q_ptr, K_tail_ptr, gamma_ptr, A_qk_ptr, do_ptr, out_ptr, start_ptr, first_chunk_ptr,
     H: tl.constexpr, HV: tl.constexpr, K: tl.constexpr, V: tl.constexpr, KP: tl.constexpr, VP: tl.constexpr,
     C: tl.constexpr, BV: tl.constexpr, STAGES: tl.constexpr, DT: tl.constexpr, PREC: tl.constexpr,
     ERASE: tl.constexpr,
@@ -73,15 +73,17 @@ def map_segments_back(
     for step in tl.range(0, last - first, num_stages=STAGES):
         chunk = last.to(tl.int64) - 1 - step
         unit, token = chunk * H + head, start + (chunk - first) * C
-        P = tl.load((P_ptr + unit * C * KP) + by_key)
+        Q = tl.load((Q_ptr + unit * C * KP) + by_key)
         gamma = tl.load(gamma_ptr + unit * KP + keys)
-        do = token_tile(do_ptr, token, rows, end - token, value_head, HV, V, cols)
+        do = token_tile(do_ptr, token, rows, end - token, value_head, HV, V, cols).to(DT)
         dS_low = dS.to(DT)
-        dS = dS * gamma[:, None] + product(tl.trans(P), do, DT, PREC)
+        dS = dS * gamma[:, None] + product(tl.trans(Q), do, DT, PREC)
         if ERASE:
             Y = tl.load((Y_ptr + unit * C * KP) + by_key)
-            X = product(tl.load((K_tail_ptr + unit * C * KP) + by_key), dS_low, DT, PREC)
-            dS -= product(tl.trans(Y), X, DT, PREC)
+            A_qk = tl.load((A_qk_ptr + unit * C * C) + offsets(rows, rows, C))
+            dR = product(tl.load((K_tail_ptr + unit * C * KP) + by_key), dS_low, DT, PREC)
+            dR = tl.dot(tl.trans(A_qk), do, dR, input_precision=PREC)
+            dS -= product(tl.trans(Y), dR, DT, PREC)
     inside = (keys[:, None] < K) & (cols[None, :] < V)
     tl.store(out_ptr + (segment.to(tl.int64) * HV + value_head) * K * V + offsets(keys, cols, V), dS, mask=inside)
 

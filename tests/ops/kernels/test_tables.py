@@ -1,0 +1,60 @@
+"""The configurations fit the shared memory of their row of the table; the scans take most of it, and are compiled."""
+
+import os
+import subprocess
+import sys
+
+import torch
+
+ARCHITECTURES = {99: 80, 227: 90}  # kilobytes of shared memory -> compute capability to compile for
+
+
+def main() -> None:
+    """Print bytes needed and bytes there are, of each scan of each row at its largest heads."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    from gdn2.ops.kernels import configs, launch, tables
+
+    kinds = {torch.bfloat16: "*bf16", torch.float32: "*fp32", torch.int32: "*i32", torch.int64: "*i64"}
+    largest = 0
+
+    def compile_scans(kernel, programs, args, constants, warps=4, stages=1):
+        nonlocal largest
+        if "scan" not in kernel.fn.__name__:
+            return
+        given = ["constexpr" if x is None else kinds[x.dtype] for x in args]
+        signature = dict(zip(kernel.arg_names, given + ["constexpr"] * len(constants), strict=True))
+        values = {name: x for name, x in zip(kernel.arg_names, (*args, *constants)) if signature[name] == "constexpr"}
+        attributes = {(i,): [["tt.divisibility", 16]] for i, x in enumerate(args) if x is not None}
+        source = ASTSource(fn=kernel, signature=signature, constexprs=values, attrs=attributes)
+        target = GPUTarget("cuda", ARCHITECTURES[shared // 1024], 32)
+        compiled = triton.compile(source, target=target, options={"num_warps": warps, "num_stages": stages})
+        largest = max(largest, compiled.metadata.shared)
+
+    launch.run = compile_scans
+    for rows in tables.CONFIGS.values():
+        for bound, shared, config in rows:
+            dtype = torch.bfloat16 if rows is tables.CONFIGS[2] else torch.float32
+            name, _ = configs.named_config(dtype, bound, bound)
+            x = torch.zeros(64, 1, 1, bound, dtype=dtype)  # sequences enough for the wide tiles
+            operands = (x, x, x, x.float(), x, x)
+            with configs.using({name: config}):
+                o, _, kept = launch.forward(*operands, 1.0, None, None, True, True)
+                launch.backward(o, None, *operands, 1.0, None, None, kept)
+            print(largest, shared)
+            largest = 0
+
+
+def test_scans_fit_the_shared_memory_of_their_row():
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    result = subprocess.run([sys.executable, __file__], env=environment, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    rows = [tuple(map(int, line.split())) for line in result.stdout.splitlines()]
+    assert len(rows) == 6
+    assert all(0 < needed <= there for needed, there in rows), rows
+
+
+if __name__ == "__main__":
+    main()
