@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from gdn2.layers.decay import Float32Parameters, init_step
 from gdn2.layers.linear import Linear, at_least_float32, check_sizes
 from gdn2.layers.norm import RMSNorm
-from gdn2.layers.state import Mamba3State, count_sequences
+from gdn2.layers.state import Mamba3State, check_kind, count_sequences
 from gdn2.ops import Mamba3Memory, mamba3
 from gdn2.ops.short_conv import sequence_of_token
 
@@ -115,6 +115,7 @@ class Mamba3(Float32Parameters):
         output_state: bool = True,
     ) -> tuple[Tensor, Mamba3State | None]:
         """Mix the tokens of each sequence. Arguments, results and errors as for `GatedDeltaNet2.forward`."""
+        check_kind(state, Mamba3State)
         N = count_sequences(x, self.d_model, cu_seqlens)
         if state is not None and state.angles.shape != (N, self.num_heads, self.pairs):
             expected = [N, self.num_heads, self.pairs]
