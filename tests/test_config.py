@@ -62,6 +62,14 @@ def refused(assignment: str, message: str) -> None:
         ("model.rope_scaling=linear", "model.rope_scaling is 'linear'; expected one of none, ntk, yarn"),
         ("model.rope_factor=2", "model.rope_factor is 2.0; expected a finite number >= 1, and 1 without rope_scaling"),
         ("model.rope_scaling=ntk model.rope_factor=.inf", "model.rope_factor is inf; expected a finite number >= 1"),
+        (
+            "model.rope_scaling=ntk model.rope_factor=8",
+            "model.rope_scaling is 'ntk'; expected 'none' without attention in model.cell",
+        ),
+        (
+            "model.cell=[attention] model.channel_erase=false",
+            "model.channel_erase is False; expected true without a mixer in model.cell",
+        ),
         ("model.rope_length=0", "model.rope_length is 0; expected an integer >= 1"),
         ("model.window=0", "model.window is 0; expected an integer >= 1, or null"),
         ("model.rope_base=1", "model.rope_base is 1.0; expected a finite number > 1"),

@@ -28,10 +28,11 @@ D_MODEL, VOCAB = 12, 11
 
 
 def language_model(*cell: str, window: int | None = 4, mixer: str = "gdn2") -> LanguageModel:
+    grouped = mixer == "gdn2" and "mixer" in cell
     return LanguageModel(
         ModelConfig(
             vocab_size=VOCAB, d_model=D_MODEL, num_layers=2, mlp_width=16, mixer=mixer, cell=cell, num_heads=1,
-            num_value_heads=2 if mixer == "gdn2" else None, key_dim=4, value_dim=3, attention_heads=2, window=window,
+            num_value_heads=2 if grouped else None, key_dim=4, value_dim=3, attention_heads=2, window=window,
         )
     )  # fmt: skip
 

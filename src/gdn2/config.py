@@ -99,21 +99,24 @@ class ModelConfig:
                      "conv_width", "mimo_rank", "attention_heads", "rope_length"):  # fmt: skip
             require(getattr(self, name) >= 1, f"model.{name}", getattr(self, name), "an integer >= 1")
         require(self.mixer in MIXERS, "model.mixer", self.mixer, f"one of {', '.join(MIXERS)}")
+        require(
+            len(self.cell) > 0 and all(b in BLOCKS for b in self.cell),
+            "model.cell", self.cell, f"a non-empty list of {' or '.join(BLOCKS)}",
+        )  # fmt: skip
         for name, mixers in MIXER_OPTIONS.items():
             default = type(self).__dataclass_fields__[name].default
+            where = f"with the mixer {self.mixer}; it is an option of {', '.join(mixers)}"
+            if "mixer" not in self.cell:
+                mixers, where = (), "without a mixer in model.cell"
             require(
                 self.mixer in mixers or getattr(self, name) == default, f"model.{name}", getattr(self, name),
-                f"{json.dumps(default)} with the mixer {self.mixer}; it is an option of {', '.join(mixers)}",
+                f"{json.dumps(default)} {where}",
             )  # fmt: skip
         require(self.decay_lower_bound is None or -inf < self.decay_lower_bound < 0, "model.decay_lower_bound",
                 self.decay_lower_bound, "a finite number < 0, or null")  # fmt: skip
         require(
             self.mixer != "mamba3" or self.rope_fraction * self.key_dim in range(2, self.key_dim + 1, 2),
             "model.rope_fraction", self.rope_fraction, f"an even share of key_dim ({self.key_dim}), 2 channels or more",
-        )  # fmt: skip
-        require(
-            len(self.cell) > 0 and all(b in BLOCKS for b in self.cell),
-            "model.cell", self.cell, f"a non-empty list of {' or '.join(BLOCKS)}",
         )  # fmt: skip
         if self.num_value_heads is not None:
             require(
@@ -132,6 +135,8 @@ class ModelConfig:
                 f"one of {', '.join(ROPE_SCALINGS)}")  # fmt: skip
         scaled = 1 <= self.rope_factor < inf if self.rope_scaling != "none" else self.rope_factor == 1
         require(scaled, "model.rope_factor", self.rope_factor, "a finite number >= 1, and 1 without rope_scaling")
+        require(self.rope_scaling == "none" or "attention" in self.cell, "model.rope_scaling", self.rope_scaling,
+                "'none' without attention in model.cell: nothing else has positions")  # fmt: skip
         require(0 < self.norm_eps < inf, "model.norm_eps", self.norm_eps, "a finite number > 0")
 
     @property

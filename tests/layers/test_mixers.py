@@ -7,7 +7,15 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from gdn2.layers import DeltaNet, GatedDeltaNet, GatedDeltaNet2, KimiDeltaAttention, Mamba2, Mamba3
+from gdn2.layers import (
+    DeltaNet,
+    GatedDeltaNet,
+    GatedDeltaNet2,
+    KimiDeltaAttention,
+    Mamba2,
+    Mamba3,
+    SlidingWindowAttention,
+)
 
 MIXERS: dict[str, Callable[[], nn.Module]] = {
     "gdn2, ablated": lambda: GatedDeltaNet2(
@@ -80,6 +88,18 @@ def test_state_is_that_of_the_first_call_and_left_out_on_request(mixer: nn.Modul
     assert all(not t.any() for t in state)
     assert all(t.device.type == "meta" for t in mixer.initial_state(1, device="meta"))
     assert mixer(torch.randn(3, 2, 32), output_state=False)[1] is None
+
+
+def test_state_of_another_kind_of_mixer_is_refused(mixer: nn.Module) -> None:
+    own = type(mixer.initial_state(1)).__name__
+    for other in (SlidingWindowAttention(32, 2, window=4), Mamba2(32, 4, 16, 16), Mamba3(32, 4, 16, 16)):
+        state = other.initial_state(2)
+        if type(state).__name__ != own:
+            message = f"state is a {type(state).__name__}; expected {own} or None"
+            with pytest.raises(ValueError, match=message):
+                mixer(torch.randn(2, 3, 32), state)
+            with pytest.raises(ValueError, match=f"state is a {own}; expected {type(state).__name__} or None"):
+                other(torch.randn(2, 3, 32), mixer.initial_state(2))
 
 
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # torch.compile's own look

@@ -113,6 +113,21 @@ def test_low_precision_inputs_keep_a_float32_state(x):
     assert relative(o, exact) < 0.01  # the output is rounded to 8 bits, 0.2 % on average
 
 
+def test_autocast_leaves_the_state_and_the_sums_in_float32(x):
+    args = [x[n].detach().float() for n in NAMES[:6]]
+    state = Mamba3Memory(*(x[n].detach().float() for n in NAMES[6:]))
+    expected = mamba3(*args, initial_state=state, output_final_state=True)
+    with torch.autocast("cpu", torch.bfloat16):
+        got = mamba3(*args, initial_state=state, output_final_state=True)
+    for a, b in zip((got[0], *got[1]), (expected[0], *expected[1]), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_shapes_are_known_on_the_meta_device(x):
+    o, state = mamba3(*(x[n].detach().to("meta") for n in NAMES[:6]), output_final_state=True)
+    assert [t.shape for t in (o, *state)] == [x[n].shape for n in ("v", "memory", "key", "value")]
+
+
 def test_no_state_unless_asked_for(x):
     assert mamba3(*(x[n] for n in NAMES[:6]))[1] is None
 

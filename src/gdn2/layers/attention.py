@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gdn2.layers.linear import Linear, at_least_float32
-from gdn2.layers.state import AttentionState, count_sequences
+from gdn2.layers.state import AttentionState, check_kind, count_sequences
 from gdn2.ops.short_conv import sequence_of_token
 
 
@@ -83,6 +83,7 @@ class SlidingWindowAttention(nn.Module):
         output_state: bool = True,
     ) -> tuple[Tensor, AttentionState | None]:
         """Attend within each sequence. Arguments, results and errors as for `GatedDeltaNet2.forward`."""
+        check_kind(state, AttentionState)
         N = count_sequences(x, self.d_model, cu_seqlens)
         if state is not None:
             self._check_state(state, N)

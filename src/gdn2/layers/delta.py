@@ -6,7 +6,7 @@ from torch import Tensor, nn
 from gdn2.layers.gates import ChannelGates, Gates
 from gdn2.layers.linear import Linear, check_sizes, low_rank
 from gdn2.layers.norm import GatedRMSNorm, l2_norm
-from gdn2.layers.state import DeltaState, count_sequences
+from gdn2.layers.state import DeltaState, check_kind, count_sequences
 from gdn2.ops import gated_delta_rule_2
 from gdn2.ops.fused import fused
 from gdn2.ops.projected import rule_from_projections
@@ -109,6 +109,7 @@ class DeltaMixer(nn.Module):
         Raises:
             ValueError: shapes that do not fit.
         """
+        check_kind(state, DeltaState)
         count_sequences(x, self.d_model, cu_seqlens)
         tails = (None, None, None) if state is None else state[:3]
         q, conv_q = short_conv(self.q_proj(x), self.conv_q, tails[0], cu_seqlens, output_state)
@@ -188,6 +189,7 @@ class GatedDeltaNet2(DeltaMixer):
         """As `DeltaMixer.forward`; a decoding step on a GPU is one kernel."""
         one = state is not None and x.ndim == 3 and x.shape[1] == 1 and cu_seqlens is None
         if state is not None and one and self.gates.plain and not torch.is_grad_enabled() and fused(x):
+            check_kind(state, DeltaState)
             count_sequences(x, self.d_model, cu_seqlens)
             y, after = self._step(x, state)
             return y, after if output_state else None

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from gdn2.layers.decay import Float32Parameters, init_rate, init_step
 from gdn2.layers.linear import Linear, at_least_float32, check_sizes
 from gdn2.layers.norm import RMSNorm
-from gdn2.layers.state import Mamba2State, count_sequences
+from gdn2.layers.state import Mamba2State, check_kind, count_sequences
 from gdn2.ops import mamba2
 from gdn2.ops.short_conv import short_conv
 
@@ -91,6 +91,7 @@ class Mamba2(Float32Parameters):
         output_state: bool = True,
     ) -> tuple[Tensor, Mamba2State | None]:
         """Mix the tokens of each sequence. Arguments, results and errors as for `GatedDeltaNet2.forward`."""
+        check_kind(state, Mamba2State)
         count_sequences(x, self.d_model, cu_seqlens)
         z, u, dt = self.in_proj(x).split(self.widths, dim=-1)
         u, conv = short_conv(u, self.conv, None if state is None else state.conv, cu_seqlens, output_state)

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from gdn2.layers.decay import Float32Parameters, init_step
 from gdn2.layers.linear import Linear, at_least_float32, check_sizes
 from gdn2.layers.norm import RMSNorm
-from gdn2.layers.state import Mamba3State, count_sequences
+from gdn2.layers.state import Mamba3State, check_kind, count_sequences
 from gdn2.ops import Mamba3Memory, mamba3
 from gdn2.ops.short_conv import sequence_of_token
 
@@ -115,6 +115,7 @@ class Mamba3(Float32Parameters):
         output_state: bool = True,
     ) -> tuple[Tensor, Mamba3State | None]:
         """Mix the tokens of each sequence. Arguments, results and errors as for `GatedDeltaNet2.forward`."""
+        check_kind(state, Mamba3State)
         N = count_sequences(x, self.d_model, cu_seqlens)
         if state is not None and state.angles.shape != (N, self.num_heads, self.pairs):
             expected = [N, self.num_heads, self.pairs]
@@ -122,8 +123,8 @@ class Mamba3(Float32Parameters):
         z, u, B, C, dt, a, lam, phi = self.in_proj(x).split(self.widths, dim=-1)
         dt = F.softplus(dt.to(self.delta.dtype) + self.delta)
         rate = F.softplus(a.to(dt.dtype)).clamp(min=SMALLEST_RATE)
-        steps = math.pi * torch.tanh(phi.to(dt.dtype)).unsqueeze(-2) * dt.unsqueeze(-1)
-        angles, last_angles = accumulate(steps, None if state is None else state.angles, cu_seqlens)
+        half_turns = torch.tanh(phi.to(dt.dtype)).unsqueeze(-2) * dt.unsqueeze(-1)
+        angles, last_angles = accumulate(half_turns, None if state is None else state.angles, cu_seqlens)
         ranks = (self.rank, self.key_dim)
         k = self.key_norm(B.unflatten(-1, ranks)).unsqueeze(-2) + self.key_bias
         q = self.query_norm(C.unflatten(-1, ranks)).unsqueeze(-2) + self.query_bias
@@ -149,28 +150,29 @@ class Mamba3(Float32Parameters):
         return y, None if after is None else Mamba3State(last_angles, *after)
 
 
-def accumulate(steps: Tensor, start: Tensor | None, cu_seqlens: Tensor | None) -> tuple[Tensor, Tensor]:
+def accumulate(half_turns: Tensor, start: Tensor | None, cu_seqlens: Tensor | None) -> tuple[Tensor, Tensor]:
     """Angles after each step, modulo 2 pi, and the last of each sequence.
 
-    The sum is taken in float64: in float32 its error after 100,000 tokens would be as large as the steps.
+    The sum is taken in float64: in float32 its error after 100,000 tokens would be as large as the steps. Its steps
+    come in half turns: float32's pi is 3e-8 of itself too large, which would add up as they do.
 
     Args:
-        steps: [B, T, H, pairs] in radians.
-        start: [N, H, pairs] angles before the first step; None for zeros.
+        half_turns: [B, T, H, pairs], steps in units of pi radians.
+        start: [N, H, pairs] angles before the first step, in radians; None for zeros.
         cu_seqlens: [N + 1] offsets that pack N sequences into B = 1.
 
     Returns:
-        [B, T, H, pairs] and [N, H, pairs] in steps' dtype, at least float32.
+        [B, T, H, pairs] and [N, H, pairs] in radians and half_turns' dtype, at least float32.
     """
-    total = F.pad(steps.double().cumsum(1), (0, 0, 0, 0, 1, 0))  # total[:, t] is the sum of the first t steps
+    total = math.pi * F.pad(half_turns.double().cumsum(1), (0, 0, 0, 0, 1, 0))  # [:, t] is the sum of the first t steps
     if cu_seqlens is None:
         angles = total if start is None else total + start.unsqueeze(1)
         angles, last = angles[:, 1:], angles[:, -1]
     else:
         offset = -total[0, cu_seqlens[:-1]] if start is None else start - total[0, cu_seqlens[:-1]]
-        angles = total[:, 1:] + offset[sequence_of_token(cu_seqlens, steps.shape[1])]
+        angles = total[:, 1:] + offset[sequence_of_token(cu_seqlens, half_turns.shape[1])]
         last = total[0, cu_seqlens[1:]] + offset
-    dtype = torch.promote_types(steps.dtype, torch.float32)
+    dtype = torch.promote_types(half_turns.dtype, torch.float32)
     return angles.remainder(2 * math.pi).to(dtype), last.remainder(2 * math.pi).to(dtype)
 
 

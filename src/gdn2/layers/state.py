@@ -93,6 +93,12 @@ def state_bytes(state: Any) -> int:
     return sum(tensor.numel() * tensor.element_size() for block in state for tensor in block)
 
 
+def check_kind(state: object, kind: type) -> None:
+    """ValueError when a mixer was handed the state of another kind of mixer; None is no state."""
+    if state is not None and not isinstance(state, kind):
+        raise ValueError(f"state is a {type(state).__name__}; expected {kind.__name__} or None")
+
+
 def count_sequences(x: Tensor, d_model: int, cu_seqlens: Tensor | None) -> int:
     """Check a mixer's input and return the number N of sequences in it.
 

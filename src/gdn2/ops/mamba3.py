@@ -23,6 +23,7 @@ from torch import Tensor
 
 from gdn2.ops.api import operator
 from gdn2.ops.layout import sequence_bounds
+from gdn2.ops.library import without_autocast
 
 
 class Mamba3Memory(NamedTuple):
@@ -56,19 +57,27 @@ def mamba3(
         ValueError: a shape, dtype, device, offset or backend that does not fit; the message names it.
     """
     _check(q, k, v, {"log_decay": log_decay, "dt": dt, "lam": lam}, initial_state, cu_seqlens)
-    if k.dim() == 4:
-        if initial_state is not None:
-            initial_state = initial_state._replace(
-                key=initial_state.key.unsqueeze(1), value=initial_state.value.unsqueeze(1)
-            )
-        o, after = mamba3(
-            q.unsqueeze(2), k.unsqueeze(2), v.unsqueeze(2), log_decay, dt, lam, scale=scale,
-            initial_state=initial_state, output_final_state=output_final_state, cu_seqlens=cu_seqlens,
-            backend=backend,
-        )  # fmt: skip
-        if after is not None:
-            after = after._replace(key=after.key.squeeze(1), value=after.value.squeeze(1))
-        return o.squeeze(2), after
+    if k.dim() == 5:
+        return _of_ranks(q, k, v, log_decay, dt, lam, scale, initial_state, output_final_state, cu_seqlens, backend)
+    if initial_state is not None:
+        initial_state = initial_state._replace(
+            key=initial_state.key.unsqueeze(1), value=initial_state.value.unsqueeze(1)
+        )
+    o, after = _of_ranks(
+        q.unsqueeze(2), k.unsqueeze(2), v.unsqueeze(2), log_decay, dt, lam, scale, initial_state, output_final_state,
+        cu_seqlens, backend,
+    )  # fmt: skip
+    if after is not None:
+        after = after._replace(key=after.key.squeeze(1), value=after.value.squeeze(1))
+    return o.squeeze(2), after
+
+
+@without_autocast
+def _of_ranks(
+    q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, dt: Tensor, lam: Tensor, scale: float | None,
+    initial_state: Mamba3Memory | None, output_final_state: bool, cu_seqlens: Tensor | None, backend: str,
+) -> tuple[Tensor, Mamba3Memory | None]:  # fmt: skip
+    """`mamba3` with a rank axis."""
     R = k.shape[2]
     scale = k.shape[-1] ** -0.5 if scale is None else scale
     wide = torch.promote_types(dt.dtype, torch.float32)
