@@ -67,7 +67,7 @@ def test_module_is_the_command():
     assert said.stdout == f"gdn2 {gdn2.__version__}\n"
 
 
-@pytest.mark.parametrize("command", ["prepare", "train", "eval", "generate", "export", "info", "plot"])
+@pytest.mark.parametrize("command", ["prepare", "train", "eval", "generate", "serve", "export", "info", "plot"])
 def test_help_has_an_example_that_keeps_its_line(capsys, command):
     assert call(command, "--help") == 0
     lines = [line.strip() for line in capsys.readouterr().out.splitlines()]
@@ -88,7 +88,8 @@ def test_help_lists_every_command(capsys):
     assert call("--help") == 0
     out = capsys.readouterr().out
     assert all(
-        f"\n  {command} " in out for command in ["prepare", "train", "eval", "generate", "export", "info", "plot"]
+        f"\n  {command} " in out
+        for command in ["prepare", "train", "eval", "generate", "serve", "export", "info", "plot"]
     )
     assert "--install-completion" in out
 

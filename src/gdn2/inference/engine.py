@@ -148,6 +148,11 @@ class Engine:
         self._count = 0
 
     @property
+    def slots(self) -> int:
+        """Texts that run at a time."""
+        return len(self._slots)
+
+    @property
     def running(self) -> int:
         """Requests in a slot, or whose prompt is being read."""
         return sum(slot is not None for slot in self._slots) + (self._reading is not None)
