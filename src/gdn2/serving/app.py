@@ -37,7 +37,8 @@ def _fails(*statuses: int) -> dict[int | str, dict[str, Any]]:
 
 
 ASKED = _fails(400, 401, 404, 408, 413, 429, 500, 504)
-STREAMED = {"text/event-stream": {"schema": {"type": "string"}}}
+EVENT = {"type": "object", "required": ["data"], "properties": {"data": {"type": "string"}}}
+STREAMED = {"text/event-stream": {"schema": EVENT}}
 PLAIN: dict[int | str, dict[str, Any]] = {200: {"content": {"text/plain": {"schema": {"type": "string"}}}}}
 
 

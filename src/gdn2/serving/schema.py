@@ -5,7 +5,7 @@ A field that OpenAI has and this server cannot honour takes only the value that 
 
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
 
 MAX_CHOICES = 128  # `n`
 MAX_TOP = 20  # alternatives with log-probabilities
@@ -19,7 +19,13 @@ def _valid(text: str) -> str:
     return text
 
 
-TokenId = Annotated[int, Field(ge=0, lt=2**31)]
+def _whole(value: object) -> object:
+    """To JSON 3.0 is the integer 3."""
+    return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
+WHOLE = BeforeValidator(_whole)
+TokenId = Annotated[int, Field(ge=0, lt=2**31), WHOLE]
 Text = Annotated[str, AfterValidator(_valid)]
 StopString = Annotated[str, Field(min_length=1, max_length=256), AfterValidator(_valid)]
 Zero = Annotated[float, Field(ge=0, le=0)]
@@ -37,12 +43,18 @@ class Sampling(Body):
     """What completions and chat have in common."""
 
     model: str | None = Field(None, description="The served model's name, or nothing.")
-    n: int | None = Field(None, ge=1, le=MAX_CHOICES, description="Texts for each prompt; 1 unless given.")
-    max_tokens: int | None = Field(None, ge=0, lt=INT64, description="New tokens at most.")
+    n: Annotated[int, Field(ge=1, le=MAX_CHOICES), WHOLE] | None = Field(
+        None, description="Texts for each prompt; 1 unless given."
+    )
+    max_tokens: Annotated[int, Field(ge=0, lt=INT64), WHOLE] | None = Field(None, description="New tokens at most.")
     temperature: float | None = Field(None, ge=0, le=2, description="0 takes the likeliest token; 1 unless given.")
     top_p: float | None = Field(None, gt=0, le=1, description="Sample among the likeliest that reach it.")
-    top_k: int | None = Field(None, ge=0, lt=INT64, description="Sample among the k likeliest; not of OpenAI's API.")
-    seed: int | None = Field(None, ge=-INT64, lt=INT64, description="The same seed gives the same texts.")
+    top_k: Annotated[int, Field(ge=0, lt=INT64), WHOLE] | None = Field(
+        None, description="Sample among the k likeliest; not of OpenAI's API."
+    )
+    seed: Annotated[int, Field(ge=-INT64, lt=INT64), WHOLE] | None = Field(
+        None, description="The same seed gives the same texts."
+    )
     stop: StopString | Annotated[list[StopString], Field(max_length=16)] | None = Field(
         None, description="Texts before which to end."
     )
@@ -66,7 +78,9 @@ class CompletionRequest(Sampling):
         | Annotated[list[Annotated[list[TokenId], Field(min_length=1)]], Field(min_length=1)]
         | None
     ) = Field(None, description="Texts or token ids; the end-of-text token unless given.")
-    logprobs: int | None = Field(None, ge=0, le=MAX_TOP, description="Alternatives told with each token.")
+    logprobs: Annotated[int, Field(ge=0, le=MAX_TOP), WHOLE] | None = Field(
+        None, description="Alternatives told with each token."
+    )
     echo: bool | None = Field(None, description="Give the prompt back before its continuation.")
     best_of: Literal[1] | None = Field(None, description="Only 1.")
     suffix: None = None
@@ -89,9 +103,11 @@ class Message(Body):
 
 class ChatRequest(Sampling):
     messages: Annotated[list[Message], Field(min_length=1)]
-    max_completion_tokens: int | None = Field(None, ge=1, lt=INT64, description="The same as max_tokens.")
+    max_completion_tokens: Annotated[int, Field(ge=1, lt=INT64), WHOLE] | None = Field(
+        None, description="The same as max_tokens."
+    )
     logprobs: bool | None = None
-    top_logprobs: int | None = Field(None, ge=0, le=MAX_TOP)
+    top_logprobs: Annotated[int, Field(ge=0, le=MAX_TOP), WHOLE] | None = None
 
 
 class Usage(BaseModel):

@@ -11,7 +11,7 @@ from gdn2.data.tokenizer import TextStream
 from gdn2.inference import MemoryTrace, Request, TokenTrace, traced_blocks
 from gdn2.layers.state import state_bytes
 from gdn2.serving.errors import RequestError
-from gdn2.serving.schema import Body, Text, TokenId
+from gdn2.serving.schema import WHOLE, Body, Text, TokenId
 from gdn2.serving.service import Service
 from gdn2.serving.streams import EventStream
 
@@ -21,12 +21,12 @@ PIECE = 32  # tokens traced between two steps of the engine
 
 class ViewRequest(Body):
     prompt: Text | Annotated[list[TokenId], Field(min_length=1)]
-    max_tokens: int = Field(128, ge=1, le=MOST_TOKENS)
+    max_tokens: Annotated[int, Field(ge=1, le=MOST_TOKENS), WHOLE] = 128
     temperature: float = Field(0.8, ge=0, le=2)
     top_p: float = Field(1.0, gt=0, le=1)
-    seed: int | None = Field(None, ge=0, lt=2**63)
-    block: int = Field(0, ge=0, lt=2**31)
-    head: int = Field(0, ge=0, lt=2**31)
+    seed: Annotated[int, Field(ge=0, lt=2**63), WHOLE] | None = None
+    block: Annotated[int, Field(ge=0, lt=2**31), WHOLE] = 0
+    head: Annotated[int, Field(ge=0, lt=2**31), WHOLE] = 0
 
 
 def describe(service: Service) -> dict[str, Any]:
