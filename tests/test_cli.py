@@ -218,6 +218,22 @@ def test_plot_draws_a_picture(run, tmp_path, capsys):
         assert str(path) in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("stop", [[], ["--stop", "e"]])
+def test_draft_gives_the_same_text_in_fewer_passes(run, capsys, stop):
+    texts = []
+    for draft in ([], ["--draft", run], ["--draft", "lookup"]):
+        arguments = ["--prompt", "Number 5 of the", "--tokens", 40, "--temperature", 0, *stop, *draft]
+        assert call("generate", run, *arguments) == 0
+        shown = capsys.readouterr()
+        texts.append(shown.out)
+        if (
+            draft == ["--draft", run] and not stop
+        ):  # its own draft is right all along: nine tokens a pass, and the first
+            said, passes = map(int, re.findall(r"\d+", shown.err))
+            assert (said, passes) == (40, 5)
+    assert texts[0] == texts[1] == texts[2]
+
+
 def test_resume_goes_on_and_takes_overrides(shards, tmp_path, capsys):
     run = tmp_path / "run"
     arguments = ["train", "--preset", "gdn2-tiny", "--run", run, f"data.path={shards}", *TINY]
@@ -338,6 +354,11 @@ def test_train_refuses_before_anything_is_written(tmp_path, capsys, arguments, m
         (["generate", "nowhere", "--prompt", "a"], "'nowhere' holds no checkpoint"),
         (["generate", "RUN", "--prompt", "a", "--temperature", "-1"], "temperature is -1.0; expected a number >= 0"),
         (["generate", "RUN", "--prompt-file", "none.txt"], "none.txt"),
+        (
+            ["generate", "RUN", "--prompt", "a", "--draft", "lookup"],
+            "--draft is for greedy text; expected --temperature 0",
+        ),
+        (["generate", "RUN", "--prompt", "a", "--temperature", "0", "--draft", "no"], "'no' holds no checkpoint"),
         (["plot", "nowhere"], "'nowhere' holds no metrics.jsonl"),
         (["info", "gdn3"], "preset is 'gdn3'; expected one of"),
         (["info", "gdn2-tiny", "--context", "0"], "context is 0"),
