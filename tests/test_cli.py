@@ -226,11 +226,9 @@ def test_draft_gives_the_same_text_in_fewer_passes(run, capsys, stop):
         assert call("generate", run, *arguments) == 0
         shown = capsys.readouterr()
         texts.append(shown.out)
-        if (
-            draft == ["--draft", run] and not stop
-        ):  # its own draft is right all along: nine tokens a pass, and the first
+        if draft == ["--draft", run] and not stop:  # its own draft is right all along: up to nine tokens a pass
             said, passes = map(int, re.findall(r"\d+", shown.err))
-            assert (said, passes) == (40, 5)
+            assert passes < said / 4
     assert texts[0] == texts[1] == texts[2]
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 FILE, CONFIG_FILE, TEMPLATE_FILE = "tokenizer.json", "tokenizer_config.json", "chat_template.jinja"
+UNFINISHED = 3  # tokens at most that a character can still wait for: it has four bytes, and a token has one or more
 # Names under which published tokenizers keep their end-of-text token, tried in this order when none is declared.
 END_OF_TEXT_NAMES = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>", "<|eos|>", "[EOS]")
 
@@ -143,9 +144,14 @@ class HuggingFaceStream:
     def feed(self, token: int) -> str:
         self._ids.append(token)
         text = self._new_text()
-        if not text or text.endswith("\ufffd"):  # the last character may be unfinished
-            return ""
-        self._ids, self._spoken = self._ids[self._spoken :], len(self._ids) - self._spoken
+        certain = len(self._ids)
+        if text.endswith("\ufffd"):  # the last character may be unfinished
+            certain -= UNFINISHED
+            if certain <= self._spoken:
+                return ""
+            text = self._new_text(certain)  # what is before those tokens can no longer become a character
+        if text:
+            self._ids, self._spoken = self._ids[self._spoken :], certain - self._spoken
         return text
 
     def flush(self) -> str:
@@ -153,8 +159,8 @@ class HuggingFaceStream:
         self._ids, self._spoken = [], 0
         return text
 
-    def _new_text(self) -> str:
-        return self._tokenizer.decode(self._ids)[len(self._tokenizer.decode(self._ids[: self._spoken])) :]
+    def _new_text(self, end: int | None = None) -> str:
+        return self._tokenizer.decode(self._ids[:end])[len(self._tokenizer.decode(self._ids[: self._spoken])) :]
 
 
 def load_tokenizer(spec: str | Path) -> Tokenizer:
