@@ -34,24 +34,29 @@ def start(run, *options, **environment):
     return process, line.split(" at ")[1].split()[0]
 
 
-def test_signal_ends_it_once_running_and_waiting_requests_are_answered(run):
+def test_signal_ends_it_once_what_runs_and_waits_is_answered_to_keys_of_the_environment(run):
     folder, model = run
-    process, url = start(folder, "--slots", "1")
+    process, url = start(folder, "--slots", "1", GDN2_API_KEYS="one two")
+    key = {"Authorization": "Bearer two"}
     try:
         ask = {"prompt": "ab", "max_tokens": 600, "temperature": 0}
         answers = {}
 
         def stream(name):
-            with httpx.stream("POST", f"{url}/v1/completions", json=ask | {"stream": True}, timeout=60) as response:
+            with httpx.stream(
+                "POST", f"{url}/v1/completions", json=ask | {"stream": True}, headers=key, timeout=60
+            ) as response:
                 answers[name] = response.read().decode()
 
         def whole(name):
-            answers[name] = httpx.post(f"{url}/v1/completions", json=ask, timeout=60).json()
+            answers[name] = httpx.post(f"{url}/v1/completions", json=ask, headers=key, timeout=60).json()
 
         threads = [threading.Thread(target=work, args=(i,)) for i, work in enumerate((stream, whole))]
         for thread in threads:
             thread.start()
-        while b"gdn2_active_requests 2.0" not in httpx.get(f"{url}/metrics").content:
+        assert httpx.get(f"{url}/v1/models").status_code == 401
+        assert httpx.get(f"{url}/v1/models", headers=key).json()["data"][0]["id"] == "first"
+        while b"gdn2_active_requests 2.0" not in httpx.get(f"{url}/metrics", headers=key).content:
             time.sleep(0.01)
         process.send_signal(signal.SIGTERM)
         for thread in threads:
@@ -62,20 +67,6 @@ def test_signal_ends_it_once_running_and_waiting_requests_are_answered(run):
         text = "".join(event["choices"][0]["text"] for event in events)
         assert text == answers[1]["choices"][0]["text"] == alone(model, "ab", 600)[0]
         assert process.stderr.read() == ""
-    finally:
-        process.kill()
-        process.wait()
-        process.stderr.close()
-
-
-def test_keys_come_from_the_environment(run):
-    process, url = start(run[0], GDN2_API_KEYS="one two")
-    try:
-        assert httpx.get(f"{url}/v1/models").status_code == 401
-        answer = httpx.get(f"{url}/v1/models", headers={"Authorization": "Bearer two"})
-        assert answer.json()["data"][0]["id"] == "first"
-        process.send_signal(signal.SIGINT)
-        assert process.wait(20) == 0
     finally:
         process.kill()
         process.wait()

@@ -71,6 +71,16 @@ def test_keys_are_asked_for_everywhere_but_at_the_front(tmp_path):
             assert answer.status_code == 200
 
 
+def test_other_names_of_the_server_are_refused():
+    with serving(hosts=("localhost", "127.0.0.1", "[::1]")) as live:
+        for host in ("evil.example", "127.0.0.1.evil.example:80", "", "localhost@evil.example"):
+            answer = live.post("/v1/completions", PROMPT, headers={"Host": host})
+            assert answer.status_code == 403, host
+            assert answer.json()["error"]["code"] == "host_not_allowed"
+        for host in ("localhost", "LOCALHOST:8000", "127.0.0.1:1", "[::1]:8000"):
+            assert live.post("/v1/completions", PROMPT, headers={"Host": host}).status_code == 200, host
+
+
 @pytest.mark.parametrize(("text", "message"), [("# none\n", "holds no key"), ("clé\n", "characters that no header")])
 def test_keys_that_are_none_are_named(tmp_path, text, message):
     (tmp_path / "keys.txt").write_text(text, encoding="utf-8")
@@ -207,7 +217,7 @@ def test_client_that_leaves_the_queue_is_never_run():
 
 def test_client_that_does_not_read_is_given_up():
     # The first event, log-probabilities of the whole prompt, is more than the buffers between the two hold.
-    body = b'{"prompt": "%s", "max_tokens": 4000, "echo": true, "logprobs": 20, "stream": true}' % (b"ab" * 8_000)
+    body = b'{"prompt": "%s", "max_tokens": 4000, "echo": true, "logprobs": 20, "stream": true}' % (b"ab" * 6_000)
     with serving(send_timeout=0.5, chunk=512) as live, connect(live) as connection:
         connection.sendall(request_head(len(body)) + body)
         until(lambda: live.metric('gdn2_rejected_total{reason="stalled"}') == 1)

@@ -1,9 +1,11 @@
 """Hundreds of clients at once, well and badly behaved: all get an answer with their own text, and nothing stays."""
 
 import asyncio
+import gc
 import json
 import os
 import random
+import time
 
 import httpx
 import psutil
@@ -12,6 +14,8 @@ from saved_run import BYTES
 from serving.live_server import serving
 from serving.texts import alone
 from small import MODELS, small_model
+
+from gdn2.serving.worker import Job
 
 NEW = 6
 BAD = [
@@ -115,21 +119,33 @@ def storm(live, expected, requests, at_once, seed=0):
 
 
 def test_every_client_of_hundreds_gets_its_own_text(crowd, expected):
-    assert not any(storm(crowd, expected, requests=240, at_once=240).values())
+    assert not any(storm(crowd, expected, requests=204, at_once=204).values())
     for _ in range(200):  # those that left are noticed within a moment
         if crowd.metric("gdn2_active_requests") == 0:
             break
     assert crowd.metric("gdn2_active_requests") == 0
     assert crowd.metric('gdn2_rejected_total{reason="queue"}') == 0
-    assert crowd.metric('gdn2_texts_total{reason="cancelled"}') >= 36  # of the 40 that left; the others were too quick
+    assert crowd.metric('gdn2_texts_total{reason="cancelled"}') >= 30  # of the 34 that left; the others were too quick
     assert crowd.get("/health").status_code == 200
+
+
+def open_files(process):
+    """Their number once it has stood still for half a second: connections take a moment to close."""
+    counts = []
+    while len(counts) < 5 or len(set(counts[-5:])) > 1:
+        time.sleep(0.1)
+        counts.append(process.num_fds())
+    return counts[-1]
 
 
 def test_memory_and_open_files_stay_flat(crowd, expected):
     process = psutil.Process(os.getpid())
     storm(crowd, expected, requests=60, at_once=60, seed=1)  # what is kept for good is there afterwards
-    before, files = process.memory_info().rss, process.num_fds()
-    storm(crowd, expected, requests=180, at_once=60, seed=2)
+    files, before = open_files(process), process.memory_info().rss
+    storm(crowd, expected, requests=120, at_once=60, seed=2)
     # Bounds the allocator's own unevenness; benchmarks/serve_memory.py follows 10,000 requests.
     assert process.memory_info().rss - before < 10e6
-    assert process.num_fds() - files <= 2
+    assert open_files(process) - files <= 2
+    gc.collect()
+    jobs = sum(type(kept) is Job for kept in gc.get_objects())
+    assert jobs <= crowd.metric("gdn2_slots")  # the thread's last step still names its own; 180 had run

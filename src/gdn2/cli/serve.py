@@ -63,6 +63,7 @@ def serve(
     settings = ServerSettings(
         name=run.resolve().name if name is None else name,
         keys=known,
+        hosts=() if known or without_keys else ("localhost", "127.0.0.1", "[::1]", host),
         queue=queue,
         rate=rate,
         max_body=max_body,

@@ -3,6 +3,7 @@
 import asyncio
 import logging
 import math
+import re
 import time
 from collections import OrderedDict
 from collections.abc import Callable
@@ -49,7 +50,13 @@ class Gate:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             return await self.app(scope, receive, send)
-        key = Headers(scope=scope).get("authorization", "").removeprefix("Bearer ")
+        headers = Headers(scope=scope)
+        host = re.sub(r":\d*$", "", headers.get("host", ""))
+        if self.settings.hosts and host.lower() not in self.settings.hosts:
+            self.rejected("host")
+            message = f"the host is {host[:100]!r}; expected {' or '.join(self.settings.hosts)}"
+            return await respond(403, message, code="host_not_allowed")(scope, receive, send)
+        key = headers.get("authorization", "").removeprefix("Bearer ")
         if self.settings.keys and scope["path"] not in OPEN_PATHS and not self.settings.accepts(key):
             self.rejected("key")
             message = "a valid API key is needed, as 'Authorization: Bearer KEY'"

@@ -52,9 +52,7 @@ class Sampling(Body):
     top_k: Annotated[int, Field(ge=0, lt=INT64), WHOLE] | None = Field(
         None, description="Sample among the k likeliest; not of OpenAI's API."
     )
-    seed: Annotated[int, Field(ge=-INT64, lt=INT64), WHOLE] | None = Field(
-        None, description="The same seed gives the same texts."
-    )
+    seed: Annotated[int, WHOLE] | None = Field(None, description="The same seed gives the same texts.")
     stop: StopString | Annotated[list[StopString], Field(max_length=16)] | None = Field(
         None, description="Texts before which to end."
     )

@@ -12,6 +12,8 @@ class ServerSettings:
     Args:
         name: the model's, for clients.
         keys: API keys, any of which is accepted; none leaves the server open.
+        hosts: names under which requests may address the server; none allows any. For a server that only this machine
+            reaches they keep out web pages whose name was made to point here.
         queue: requests that may wait while all slots are taken; beyond that clients are told to come back.
         rate: requests a minute of one key, or of one address where there are no keys; 0 sets no limit.
         max_body: bytes of a request's body.
@@ -26,6 +28,7 @@ class ServerSettings:
 
     name: str
     keys: tuple[str, ...] = ()
+    hosts: tuple[str, ...] = ()
     queue: int = 64
     rate: int = 0
     max_body: int = 2**20
