@@ -217,6 +217,13 @@ def test_bad_bodies_are_explained(live, body, param, message):
     assert len(error["message"]) < 600
 
 
+def test_bodies_of_another_type_are_refused(live):
+    """A web page elsewhere can send these without asking first; JSON it cannot."""
+    for kind in ("text/plain", "application/x-www-form-urlencoded", None):
+        headers = {} if kind is None else {"Content-Type": kind}
+        assert live.post("/v1/completions", content=b'{"prompt": "a"}', headers=headers).status_code == 400
+
+
 def test_long_prompts_are_refused():
     with serving(max_prompt_tokens=10) as small:
         error = small.post("/v1/completions", {"prompt": "a" * 11}).json()["error"]
