@@ -67,7 +67,7 @@ def test_module_is_the_command():
     assert said.stdout == f"gdn2 {gdn2.__version__}\n"
 
 
-@pytest.mark.parametrize("command", ["prepare", "train", "eval", "generate", "export", "info", "plot"])
+@pytest.mark.parametrize("command", ["prepare", "train", "eval", "generate", "serve", "export", "info", "plot"])
 def test_help_has_an_example_that_keeps_its_line(capsys, command):
     assert call(command, "--help") == 0
     lines = [line.strip() for line in capsys.readouterr().out.splitlines()]
@@ -88,7 +88,8 @@ def test_help_lists_every_command(capsys):
     assert call("--help") == 0
     out = capsys.readouterr().out
     assert all(
-        f"\n  {command} " in out for command in ["prepare", "train", "eval", "generate", "export", "info", "plot"]
+        f"\n  {command} " in out
+        for command in ["prepare", "train", "eval", "generate", "serve", "export", "info", "plot"]
     )
     assert "--install-completion" in out
 
@@ -217,6 +218,20 @@ def test_plot_draws_a_picture(run, tmp_path, capsys):
         assert str(path) in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("stop", [[], ["--stop", "e"]])
+def test_draft_gives_the_same_text_in_fewer_passes(run, capsys, stop):
+    texts = []
+    for draft in ([], ["--draft", run], ["--draft", "lookup"]):
+        arguments = ["--prompt", "Number 5 of the", "--tokens", 40, "--temperature", 0, *stop, *draft]
+        assert call("generate", run, *arguments) == 0
+        shown = capsys.readouterr()
+        texts.append(shown.out)
+        if draft == ["--draft", run] and not stop:  # its own draft is right all along: up to nine tokens a pass
+            said, passes = map(int, re.findall(r"\d+", shown.err))
+            assert passes < said / 4
+    assert texts[0] == texts[1] == texts[2]
+
+
 def test_resume_goes_on_and_takes_overrides(shards, tmp_path, capsys):
     run = tmp_path / "run"
     arguments = ["train", "--preset", "gdn2-tiny", "--run", run, f"data.path={shards}", *TINY]
@@ -337,6 +352,11 @@ def test_train_refuses_before_anything_is_written(tmp_path, capsys, arguments, m
         (["generate", "nowhere", "--prompt", "a"], "'nowhere' holds no checkpoint"),
         (["generate", "RUN", "--prompt", "a", "--temperature", "-1"], "temperature is -1.0; expected a number >= 0"),
         (["generate", "RUN", "--prompt-file", "none.txt"], "none.txt"),
+        (
+            ["generate", "RUN", "--prompt", "a", "--draft", "lookup"],
+            "--draft is for greedy text; expected --temperature 0",
+        ),
+        (["generate", "RUN", "--prompt", "a", "--temperature", "0", "--draft", "no"], "'no' holds no checkpoint"),
         (["plot", "nowhere"], "'nowhere' holds no metrics.jsonl"),
         (["info", "gdn3"], "preset is 'gdn3'; expected one of"),
         (["info", "gdn2-tiny", "--context", "0"], "context is 0"),

@@ -46,6 +46,20 @@ def test_unfinished_character_is_flushed_as_replacement(tokenizer: Tokenizer) ->
     assert "".join(streamed(tokenizer, ids)) == "a\ufffd"
 
 
+def test_stream_of_broken_characters_does_not_wait_for_ever(bpe_file: Path) -> None:
+    tokenizer = load_tokenizer(str(bpe_file))
+    (lead, *_) = tokenizer.encode("🦊")
+    if tokenizer.decode([lead]) != "\ufffd":
+        pytest.skip("this tokenizer has no token that is part of a character")
+    stream = tokenizer.stream()
+    parts = [stream.feed(lead) for _ in range(200)]
+    assert sum(map(len, parts)) >= 190
+    assert len(stream._ids) < 10  # each step decodes what waits: without an end, ever more
+    assert "".join(parts) + stream.flush() == "\ufffd" * 200
+    whole = [lead] * 6 + tokenizer.encode("🦊 naïve")
+    assert "".join(streamed(tokenizer, whole)) == "\ufffd" * 6 + "🦊 naïve"
+
+
 @given(st.lists(st.integers(0, 256)))
 def test_any_bytes_stream_to_valid_utf8(ids: list[int]) -> None:
     tokenizer = ByteTokenizer()

@@ -175,6 +175,33 @@ def test_log_probabilities_are_the_models_own(window):
         assert list(score.top.values()) == pytest.approx(best.values.tolist(), abs=1e-9)
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("length", [1, 8, 23])
+def test_log_probabilities_of_the_prompt_come_first_whatever_is_cached(window, length):
+    text = prompt(length, seed=3)
+    engine = Engine(window, BYTES, slots=2, chunk=8, cache=PrefixCache(2**30, block=8))
+    engine.complete([Request(text, 2)])  # so that the cache has it
+    number = engine.submit(Request(text, 3, temperature=0, prompt_logprobs=2))
+    events = []
+    while not engine.idle:
+        events += [event for event in engine.step() if event.request == number]
+    hidden, _ = window(torch.tensor([text]))
+    expected = window.logits(hidden)[0, :-1].log_softmax(-1)
+    assert [len(event.prompt_scores) for event in events] == [length - 1] + [0] * (len(events) - 1)
+    for score, row, token in zip(events[0].prompt_scores, expected, text[1:]):
+        assert score.logprob == pytest.approx(float(row[token]), abs=1e-9)
+        assert list(score.top) == row.topk(2).indices.tolist()
+
+
+def test_token_that_ends_a_text_has_its_log_probability(window):
+    (token,) = Engine(window, BYTES, slots=1).complete([Request([1], 1, temperature=0)])[0].tokens
+    engine = Engine(window, BYTES, slots=1)
+    engine.submit(Request([1], 5, temperature=0, stop_tokens=[token], logprobs=1))
+    (event,) = engine.step()
+    assert (event.token, event.finish) == (None, "stop")
+    assert event.score.top == {token: event.score.logprob}
+
+
 @pytest.mark.parametrize("slots", [1, 2])
 def test_prefix_cache_spares_reading_and_changes_no_text(window, slots):
     cache = PrefixCache(2**30, block=8)
@@ -213,6 +240,7 @@ def test_requests_of_equal_seed_agree_and_fresh_ones_differ(window):
         ({"top_p": 0}, r"top_p is 0; expected a number in \(0, 1\]"),
         ({"seed": 2**63}, "seed is 9223372036854775808"),
         ({"logprobs": 300}, "logprobs is 300; expected 0 to 257, or None"),
+        ({"prompt_logprobs": -1}, "prompt_logprobs is -1; expected 0 to 257, or None"),
         ({"stop_strings": [""]}, "stop strings is"),
     ],
 )

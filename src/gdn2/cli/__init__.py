@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from gdn2.cli import describe, evaluate, export, generate, prepare, selftest, train
+from gdn2.cli import describe, evaluate, export, generate, prepare, selftest, serve, train
 from gdn2.cli.common import leave
 
 app = typer.Typer(
@@ -60,6 +60,7 @@ app.command()(prepare.prepare)
 app.command()(train.train)
 app.command("eval")(evaluate.evaluate)
 app.command()(generate.generate)
+app.command()(serve.serve)
 app.command()(export.export)
 app.command()(describe.info)
 app.command()(describe.plot)

@@ -1,12 +1,16 @@
 """`gdn2 generate`."""
 
 import sys
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from gdn2.cli.common import Device, Run, load
+from gdn2.cli.common import Device, Loaded, Run, load
+
+if TYPE_CHECKING:
+    from gdn2.inference import Draft
 
 
 def generate(
@@ -19,6 +23,14 @@ def generate(
     top_p: Annotated[float, typer.Option(help="Sample among the likeliest that reach this probability.")] = 1.0,
     seed: Annotated[int | None, typer.Option(help="The same seed gives the same text.")] = None,
     stop: Annotated[list[str] | None, typer.Option(help="Text before which to end; repeat it for several.")] = None,
+    draft: Annotated[
+        str | None,
+        typer.Option(
+            metavar="RUN|lookup",
+            help="Guess ahead, with a smaller model of the same tokenizer or by looking up what followed before: the "
+            "same text in fewer passes. Needs --temperature 0.",
+        ),
+    ] = None,
     device: Device = "auto",
 ) -> None:
     """Continue a text, shown as it comes. Without a prompt that is the text on standard input, or a new one.
@@ -28,6 +40,7 @@ def generate(
       gdn2 generate runs/first --prompt "def main(" --tokens 400
       gdn2 generate runs/first --prompt "import " --prompt "class " --temperature 0
       gdn2 generate runs/first < story.txt
+      gdn2 generate runs/large --prompt "import " --temperature 0 --draft runs/small
     """
     from gdn2.generate import generate_text
 
@@ -39,7 +52,17 @@ def generate(
             raise ValueError(f"{str(prompt_file)!r} is not UTF-8 text") from error
     if not prompts:
         prompts.append("" if sys.stdin.isatty() else sys.stdin.read())
+    if draft is not None and (temperature, top_k, top_p) != (0, 0, 1):
+        raise ValueError("--draft is for greedy text; expected --temperature 0, and neither --top-k nor --top-p")
     loaded = load(run, device)
+    if draft is not None:
+        guesser = _guesser(loaded, draft)
+        with loaded.autocast:
+            for number, text in enumerate(prompts, 1):
+                if len(prompts) > 1:
+                    typer.echo(f"--- {number} of {len(prompts)} ---")
+                _with_draft(loaded, text, tokens, stop or (), guesser)
+        return
     steps = generate_text(
         loaded.model,
         loaded.tokenizer,
@@ -61,3 +84,38 @@ def generate(
             texts = ["".join(pieces) for pieces in zip(*steps)]
             for number, (start, text) in enumerate(zip(prompts, texts), 1):
                 typer.echo(f"--- {number} of {len(prompts)} ---\n{start}{text}")
+
+
+def _guesser(loaded: Loaded, draft: str) -> "Draft":
+    """What `--draft` asks for."""
+    from gdn2.inference import DraftModel, PromptLookup
+
+    if draft == "lookup":
+        return PromptLookup()
+    small = load(Path(draft), str(loaded.device))
+    if small.tokenizer.definition() != loaded.tokenizer.definition():
+        raise ValueError(f"--draft {draft!r} has another tokenizer than the run; expected the same")
+    return DraftModel(small.model.eval())
+
+
+def _with_draft(loaded: Loaded, prompt: str, tokens: int, stops: Sequence[str], guesser: "Draft") -> None:
+    """Continue one text greedily, shown as it comes; standard error tells in how many passes."""
+    from gdn2.generate import StopStrings
+    from gdn2.inference import speculate
+
+    tokenizer, stop = loaded.tokenizer, StopStrings(stops)
+    stream, end = tokenizer.stream(), tokenizer.end_of_text
+    rounds = speculate(loaded.model.eval(), tokenizer.encode(prompt) or [end], tokens, guesser, stop_tokens=[end])
+    said = passes = 0
+    typer.echo(prompt, nl=False)
+    for new, _ in rounds:
+        passes += 1
+        for token in new:
+            typer.echo(stop.feed(stream.feed(token)), nl=False)
+            said += 1
+            if stop.stopped:
+                break
+        if stop.stopped:
+            break
+    typer.echo(stop.feed(stream.flush()) + stop.flush())
+    typer.echo(f"{said} tokens in {passes} passes", err=True)

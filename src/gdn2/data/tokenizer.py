@@ -10,7 +10,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
-FILE, CONFIG_FILE = "tokenizer.json", "tokenizer_config.json"
+FILE, CONFIG_FILE, TEMPLATE_FILE = "tokenizer.json", "tokenizer_config.json", "chat_template.jinja"
+UNFINISHED = 3  # tokens at most that a character can still wait for: it has four bytes, and a token has one or more
 # Names under which published tokenizers keep their end-of-text token, tried in this order when none is declared.
 END_OF_TEXT_NAMES = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>", "<|eos|>", "[EOS]")
 
@@ -26,11 +27,15 @@ class TextStream(Protocol):
 
 
 class Tokenizer(Protocol):
-    """`name` is how it was asked for; ids run from 0 to vocab_size - 1; `end_of_text` closes every document."""
+    """`name` is how it was asked for; ids run from 0 to vocab_size - 1; `end_of_text` closes every document.
+
+    `chat_template` is the Jinja text that turns a conversation into one text, None where there is none.
+    """
 
     name: str
     vocab_size: int
     end_of_text: int
+    chat_template: str | None
 
     def encode(self, text: str) -> list[int]:
         """Ids of the text, without an end-of-text token."""
@@ -53,6 +58,7 @@ class ByteTokenizer:
     name = "bytes"
     vocab_size = 257
     end_of_text = 256
+    chat_template: str | None = None
 
     def encode(self, text: str) -> list[int]:
         return list(text.encode("utf-8"))
@@ -89,7 +95,7 @@ class ByteStream:
 class HuggingFaceTokenizer:
     """A `tokenizers.Tokenizer` (`inner`); special tokens in a text are encoded as plain text, never as themselves."""
 
-    def __init__(self, inner: Any, name: str, end_of_text: str | None = None) -> None:
+    def __init__(self, inner: Any, name: str, end_of_text: str | None = None, chat_template: str | None = None) -> None:
         vocabulary = inner.get_vocab(with_added_tokens=True)
         names = (end_of_text,) if end_of_text is not None else END_OF_TEXT_NAMES
         found = next((n for n in names if n in vocabulary), None)
@@ -101,6 +107,7 @@ class HuggingFaceTokenizer:
         self.inner = inner
         self.end_of_text_name = found
         self.name = name
+        self.chat_template = chat_template
         self.vocab_size = max(vocabulary.values()) + 1  # ids may have gaps
         self.end_of_text = vocabulary[found]
 
@@ -117,14 +124,13 @@ class HuggingFaceTokenizer:
 
     def save(self, folder: Path) -> None:
         self.inner.save(str(folder / FILE))
-        (folder / CONFIG_FILE).write_text(self._config() + "\n", encoding="utf-8")
+        template = {} if self.chat_template is None else {"chat_template": self.chat_template}
+        config = json.dumps({"eos_token": self.end_of_text_name} | template)
+        (folder / CONFIG_FILE).write_text(config + "\n", encoding="utf-8")
 
     def definition(self) -> str:
         definition: str = self.inner.to_str()
-        return definition + self._config()
-
-    def _config(self) -> str:
-        return json.dumps({"eos_token": self.end_of_text_name})
+        return definition + json.dumps({"eos_token": self.end_of_text_name})
 
 
 class HuggingFaceStream:
@@ -138,9 +144,14 @@ class HuggingFaceStream:
     def feed(self, token: int) -> str:
         self._ids.append(token)
         text = self._new_text()
-        if not text or text.endswith("\ufffd"):  # the last character may be unfinished
-            return ""
-        self._ids, self._spoken = self._ids[self._spoken :], len(self._ids) - self._spoken
+        certain = len(self._ids)
+        if text.endswith("\ufffd"):  # the last character may be unfinished
+            certain -= UNFINISHED
+            if certain <= self._spoken:
+                return ""
+            text = self._new_text(certain)  # what is before those tokens can no longer become a character
+        if text:
+            self._ids, self._spoken = self._ids[self._spoken :], certain - self._spoken
         return text
 
     def flush(self) -> str:
@@ -148,14 +159,15 @@ class HuggingFaceStream:
         self._ids, self._spoken = [], 0
         return text
 
-    def _new_text(self) -> str:
-        return self._tokenizer.decode(self._ids)[len(self._tokenizer.decode(self._ids[: self._spoken])) :]
+    def _new_text(self, end: int | None = None) -> str:
+        return self._tokenizer.decode(self._ids[:end])[len(self._tokenizer.decode(self._ids[: self._spoken])) :]
 
 
 def load_tokenizer(spec: str | Path) -> Tokenizer:
     """The tokenizer `spec` names: "bytes", a tokenizer.json file, a folder that holds one, or a hub name.
 
-    A folder's tokenizer_config.json may declare `eos_token`; otherwise the usual names of that token are looked up.
+    A folder's tokenizer_config.json may declare `eos_token`; otherwise the usual names of that token are looked up. It,
+    or a chat_template.jinja beside it, may have a chat template.
     ValueError when it cannot be read, is not on the hub or the hub cannot be reached.
     """
     if spec == "bytes":
@@ -180,14 +192,18 @@ def _from_file(path: Path, name: str) -> Tokenizer:
         inner = inner_class.from_file(str(path))
     except Exception as error:  # tokenizers raises bare Exception
         raise ValueError(f"tokenizer file {str(path)!r} is not a tokenizers file: {error}") from error
-    return HuggingFaceTokenizer(inner, name, _declared_end_of_text(path.with_name(CONFIG_FILE)))
+    return HuggingFaceTokenizer(inner, name, *_declared(path.parent))
 
 
-def _declared_end_of_text(path: Path) -> str | None:
-    if not path.is_file():
-        return None
-    token = _read_json(path).get("eos_token")
-    return token["content"] if isinstance(token, dict) else token
+def _declared(folder: Path) -> tuple[str | None, str | None]:
+    """The end-of-text token and the chat template that files beside a tokenizer declare."""
+    config = _read_json(folder / CONFIG_FILE) if (folder / CONFIG_FILE).is_file() else {}
+    token, template = config.get("eos_token"), config.get("chat_template")
+    if (folder / TEMPLATE_FILE).is_file():  # where newer tokenizers keep it
+        template = (folder / TEMPLATE_FILE).read_text(encoding="utf-8")
+    if isinstance(template, list):  # several by name
+        template = next((entry["template"] for entry in template if entry["name"] == "default"), None)
+    return token["content"] if isinstance(token, dict) else token, template
 
 
 def _read_json(path: Path) -> dict[str, Any]:

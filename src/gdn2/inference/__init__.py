@@ -1,6 +1,7 @@
 """Generation beyond one batch: state to keep and return to, prefixes read once, drafts, and many requests at a time."""
 
 from gdn2.inference.engine import Completion, Engine, Event, Request, TokenScore
+from gdn2.inference.memory_trace import HeadUpdate, MemoryTrace, TokenTrace, traced_blocks
 from gdn2.inference.prefix_cache import PrefixCache
 from gdn2.inference.session import Session, Snapshot, read_prompt
 from gdn2.inference.speculative import Draft, DraftModel, PromptLookup, Round, speculate
@@ -11,6 +12,8 @@ __all__ = [
     "DraftModel",
     "Engine",
     "Event",
+    "HeadUpdate",
+    "MemoryTrace",
     "PrefixCache",
     "PromptLookup",
     "Request",
@@ -18,6 +21,8 @@ __all__ = [
     "Session",
     "Snapshot",
     "TokenScore",
+    "TokenTrace",
     "read_prompt",
     "speculate",
+    "traced_blocks",
 ]

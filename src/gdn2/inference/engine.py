@@ -46,6 +46,8 @@ class Request:
         stop_strings: texts before which to end, wherever the borders of tokens lie.
         stop_tokens: ids that end the text besides end-of-text; they are not part of it.
         logprobs: likeliest alternatives to report with each token; None reports no log-probabilities at all.
+        prompt_logprobs: as many alternatives for each token of the prompt from the second on. The whole prompt is then
+            read, whatever a cache has of it.
     """
 
     prompt: Sequence[int]
@@ -57,6 +59,7 @@ class Request:
     stop_strings: Sequence[str] = ()
     stop_tokens: Sequence[int] = ()
     logprobs: int | None = None
+    prompt_logprobs: int | None = None
 
 
 class TokenScore(NamedTuple):
@@ -70,8 +73,9 @@ class Event(NamedTuple):
     """What a step brought a request.
 
     token is its new token, or None when it only ended; text is what became certain, whole characters of valid UTF-8
-    before any stop string; finish is None while it runs, then "stop" (end of text, a stop token or string), "length"
-    or "cancelled".
+    before any stop string; score is that of its token, or of the token that ended it; finish is None while it runs,
+    then "stop" (end of text, a stop token or string), "length" or "cancelled". The first event that is not "cancelled"
+    has the scores of the prompt.
     """
 
     request: int
@@ -79,6 +83,7 @@ class Event(NamedTuple):
     text: str
     score: TokenScore | None
     finish: str | None
+    prompt_scores: tuple[TokenScore, ...] = ()
 
 
 class Completion(NamedTuple):
@@ -102,6 +107,7 @@ class _Running:
     stop: StopStrings
     session: Session | None = None  # while its prompt is read
     new: list[int] = field(default_factory=list)
+    prompt_scores: list[TokenScore] = field(default_factory=list)
 
 
 class Engine:
@@ -142,6 +148,11 @@ class Engine:
         self._count = 0
 
     @property
+    def slots(self) -> int:
+        """Texts that run at a time."""
+        return len(self._slots)
+
+    @property
     def running(self) -> int:
         """Requests in a slot, or whose prompt is being read."""
         return sum(slot is not None for slot in self._slots) + (self._reading is not None)
@@ -174,8 +185,8 @@ class Engine:
         _require(0 < request.top_p <= 1, "top_p", request.top_p, "a number in (0, 1]")
         seed = request.seed
         _require(seed is None or 0 <= seed < 2**63, "seed", seed, "an integer in [0, 2**63), or None")
-        logprobs = request.logprobs
-        _require(logprobs is None or 0 <= logprobs <= vocab, "logprobs", logprobs, f"0 to {vocab}, or None")
+        for name, top in (("logprobs", request.logprobs), ("prompt_logprobs", request.prompt_logprobs)):
+            _require(top is None or 0 <= top <= vocab, name, top, f"0 to {vocab}, or None")
         generator = torch.Generator()
         generator.manual_seed(generator.seed() % 2**63 if seed is None else seed)
         self._waiting.append(
@@ -232,7 +243,7 @@ class Engine:
             Completion(
                 "".join(event.text for event in told),
                 [event.token for event in told if event.token is not None],
-                [event.score for event in told if event.score is not None],
+                [event.score for event in told if event.token is not None and event.score is not None],
                 told[-1].finish or "",
             )
             for told in events.values()
@@ -243,14 +254,21 @@ class Engine:
         if self._reading is None and self._waiting and None in self._slots:
             self._reading = self._waiting.popleft()
             self._reading.session = Session(self.model, self.chunk, keep=0)
-            found = None if self.cache is None else self.cache.find(self._reading.request.prompt[:-1])
+            cache = self.cache if self._reading.request.prompt_logprobs is None else None
+            found = None if cache is None else cache.find(self._reading.request.prompt[:-1])
             if found is not None:
                 self._reading.session.restore(Snapshot(*found))
         running = self._reading
         if running is None or running.session is None:
             return []
         session, prompt = running.session, running.request.prompt
-        logits = session.read(prompt[len(session) : len(session) + self.chunk - len(session) % self.chunk])
+        piece = prompt[len(session) : len(session) + self.chunk - len(session) % self.chunk]
+        top = running.request.prompt_logprobs
+        logits = session.read(piece, last=1 if top is None else len(piece))
+        if top is not None:
+            following = prompt[len(session) - len(piece) + 1 : len(session) + 1]
+            running.prompt_scores += _scores(logits[: len(following)], following, top)
+            logits = logits[-1:]
         snapshot = session.snapshot()
         if self.cache is not None:
             self.cache.store(snapshot.tokens, snapshot.state)
@@ -279,17 +297,17 @@ class Engine:
         return [self._tell(text, logits[i], chosen[i], slots[i]) for i, text in enumerate(rows)]
 
     def _tell(self, text: _Running, logits: Tensor, token: int, slot: int) -> Event:
+        score = None if text.request.logprobs is None else _scores(logits[None], [token], text.request.logprobs)[0]
         if token in text.ends:
-            return self._end(text, slot, None, "", None, "stop")
+            return self._end(text, slot, None, "", score, "stop")
         text.new.append(token)
         self._last[slot] = token
         piece = text.stop.feed(text.stream.feed(token))
-        score = None if text.request.logprobs is None else _score(logits, token, text.request.logprobs)
         if text.stop.stopped:
             return self._end(text, slot, token, piece, score, "stop")
         if len(text.new) == text.request.max_new_tokens:
             return self._end(text, slot, token, piece, score, "length")
-        return Event(text.id, token, piece, score, None)
+        return Event(text.id, token, piece, score, None, _take(text.prompt_scores))
 
     def _end(
         self, text: _Running, slot: int, token: int | None, piece: str, score: TokenScore | None, finish: str
@@ -302,7 +320,7 @@ class Engine:
             self.cache.store(read, state_rows(self._state, row))
         self._release(slot)
         rest = text.stop.feed(text.stream.flush()) + text.stop.flush()
-        return Event(text.id, token, piece + rest, score, finish)
+        return Event(text.id, token, piece + rest, score, finish, _take(text.prompt_scores))
 
     def _release(self, slot: int) -> None:
         self._slots[slot] = None
@@ -341,10 +359,20 @@ def _room(tensor: Tensor, slots: int) -> Tensor:
     return F.pad(tensor, (0, 0, 0, 0, 0, slots - tensor.shape[1]))
 
 
-def _score(logits: Tensor, token: int, top: int) -> TokenScore:
+def _scores(logits: Tensor, tokens: Sequence[int], top: int) -> list[TokenScore]:
+    """Of each token [n] under its row of logits [n, vocab]."""
     scores = logits.log_softmax(-1)
     best = scores.topk(top)
-    return TokenScore(float(scores[token]), dict(zip(best.indices.tolist(), best.values.tolist())))
+    own = scores.gather(1, torch.tensor(list(tokens), device=logits.device, dtype=torch.int64)[:, None])[:, 0]
+    rows = zip(own.tolist(), best.indices.tolist(), best.values.tolist())
+    return [TokenScore(score, dict(zip(ids, values))) for score, ids, values in rows]
+
+
+def _take(scores: list[TokenScore]) -> tuple[TokenScore, ...]:
+    """All of them, once."""
+    taken = tuple(scores)
+    scores.clear()
+    return taken
 
 
 def _require(ok: bool, name: str, value: object, expected: str) -> None:

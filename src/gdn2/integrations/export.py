@@ -110,6 +110,7 @@ def transformers_tokenizer(tokenizer: Tokenizer, max_length: int) -> Any:
         padding_side="left",
         split_special_tokens=True,
         clean_up_tokenization_spaces=False,
+        chat_template=tokenizer.chat_template,
         model_max_length=max_length,
         model_input_names=["input_ids", "attention_mask"],
     )

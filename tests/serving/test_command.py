@@ -1,0 +1,96 @@
+"""`gdn2 serve` as a process: it says where it is, ends on a signal with what runs answered, and refuses in one line."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+
+import httpx
+import pytest
+from saved_run import save_run
+from serving.texts import alone
+from small import small_model
+
+from gdn2.cli import main
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("runs") / "first"
+    model = small_model()
+    save_run(folder, model)
+    return folder, model
+
+
+def start(run, *options, **environment):
+    """The process and its address, once it serves."""
+    command = [sys.executable, "-m", "gdn2", "serve", str(run), "--port", "0", "--device", "cpu", *options]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=os.environ | environment)
+    line = process.stderr.readline()
+    assert line.startswith("serving 'first' on cpu at http://127.0.0.1:"), line + process.stderr.read()
+    return process, line.split(" at ")[1].split()[0]
+
+
+def test_signal_ends_it_once_what_runs_and_waits_is_answered_to_keys_of_the_environment(run):
+    folder, model = run
+    process, url = start(folder, "--slots", "1", GDN2_API_KEYS="one two")
+    key = {"Authorization": "Bearer two"}
+    try:
+        ask = {"prompt": "ab", "max_tokens": 600, "temperature": 0}
+        answers = {}
+
+        def stream(name):
+            with httpx.stream(
+                "POST", f"{url}/v1/completions", json=ask | {"stream": True}, headers=key, timeout=60
+            ) as response:
+                answers[name] = response.read().decode()
+
+        def whole(name):
+            answers[name] = httpx.post(f"{url}/v1/completions", json=ask, headers=key, timeout=60).json()
+
+        threads = [threading.Thread(target=work, args=(i,)) for i, work in enumerate((stream, whole))]
+        for thread in threads:
+            thread.start()
+        assert httpx.get(f"{url}/v1/models").status_code == 401
+        assert httpx.get(f"{url}/v1/models", headers=key).json()["data"][0]["id"] == "first"
+        while b"gdn2_active_requests 2.0" not in httpx.get(f"{url}/metrics", headers=key).content:
+            time.sleep(0.01)
+        process.send_signal(signal.SIGTERM)
+        for thread in threads:
+            thread.join()
+        assert process.wait(20) == 0
+        events = [json.loads(line[6:]) for line in answers[0].split("\n\n")[:-2]]
+        assert answers[0].endswith("data: [DONE]\n\n")
+        text = "".join(event["choices"][0]["text"] for event in events)
+        assert text == answers[1]["choices"][0]["text"] == alone(model, "ab", 600)[0]
+        assert process.stderr.read() == ""
+    finally:
+        process.kill()
+        process.wait()
+        process.stderr.close()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--host", "0.0.0.0"], "--host is '0.0.0.0' and there is no API key; expected --keys, GDN2_API_KEYS or"),
+        (["--keys", "none.txt"], "none.txt"),
+        (["--host", "192.0.2.1", "--without-keys"], "assign requested address"),
+        (["--timeout", "0"], "timeout is 0.0; expected seconds above 0"),
+        (["--chat-template", "BAD"], "the chat template is not Jinja"),
+        (["--device", "tpu"], "--device is 'tpu'"),
+    ],
+)
+def test_bad_input_is_one_line(run, tmp_path, capsys, monkeypatch, options, message):
+    monkeypatch.delenv("GDN2_API_KEYS", raising=False)
+    (tmp_path / "bad.jinja").write_text("{% if %}")
+    with pytest.raises(SystemExit) as leaving:
+        main(["serve", str(run[0]), *[str(tmp_path / "bad.jinja") if o == "BAD" else o for o in options]])
+    err = capsys.readouterr().err
+    assert leaving.value.code == 2
+    assert message in err
+    assert err.startswith("gdn2: error: ")
+    assert err.count("\n") == 1
