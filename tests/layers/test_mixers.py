@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from gdn2.layers import DeltaNet, GatedDeltaNet, GatedDeltaNet2, KimiDeltaAttention, Mamba2, Mamba3
+from gdn2.layers import DeltaNet, GatedDeltaNet, GatedDeltaNet2, KimiDeltaAttention, LinearAttention, Mamba2, Mamba3
 
 MIXERS: dict[str, Callable[[], nn.Module]] = {
     "gdn2, ablated": lambda: GatedDeltaNet2(
@@ -16,6 +16,7 @@ MIXERS: dict[str, Callable[[], nn.Module]] = {
     "kda": lambda: KimiDeltaAttention(32, 2, 16, 16),
     "gdn": lambda: GatedDeltaNet(32, 2, 16, 16),
     "deltanet": lambda: DeltaNet(32, 2, 16, 16),
+    "linear": lambda: LinearAttention(32, 2, 16, 16),
     "mamba2": lambda: Mamba2(32, 4, 16, 16),
     "mamba3": lambda: Mamba3(32, 4, 16, 16),
     "mamba3-mimo": lambda: Mamba3(32, 4, 16, 16, mimo_rank=4),
