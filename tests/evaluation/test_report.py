@@ -34,14 +34,17 @@ def model():
 
 def run(task, model, val, **changes):
     settings = {"seq_len": 64, "packed": False, "lengths": [], "depths": [], "haystack": None, "tokens": 128}
+    settings |= {"passage_data": None}
     settings |= {"samples": 2, "seed": 0, "device": "cpu"}
     return report.evaluate(task, model, BYTES, val, **settings | changes)
 
 
 @pytest.mark.parametrize("task", report.TASKS)
-def test_every_task_runs_and_makes_a_row(task, model, val):
+def test_every_task_runs_and_makes_a_row(task, model, val, tmp_path):
+    passage = json.dumps({"context": "The hill is 300 m high.", "question": "How high?", "answers": ["300"]})
+    (tmp_path / f"{task}.jsonl").write_text(f"{passage}\n{passage}\n")
     counts = []
-    result = run(task, model, val, progress=lambda *count: counts.append(count))
+    result = run(task, model, val, passage_data=tmp_path, progress=lambda *count: counts.append(count))
     assert counts[-1] == ((128, 128) if task == "perplexity" else (2, 2))
     assert json.loads(json.dumps(result, allow_nan=False)) == json.loads(json.dumps(result))
     assert report.table({task: result}).row_count >= 1

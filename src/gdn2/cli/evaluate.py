@@ -25,7 +25,8 @@ def evaluate(
         str,
         typer.Option(
             help="Comma-separated: perplexity, recall, niah_single_1, _2, _3, niah_multikey_1, _2, _3, "
-            "niah_multivalue, niah_multiquery, and lm_eval:NAME for a task of lm-evaluation-harness."
+            "niah_multivalue, niah_multiquery; swde, squad, fda, triviaqa, nq, drop; and lm_eval:NAME for a task of "
+            "lm-evaluation-harness."
         ),
     ] = "perplexity,recall",
     length: Annotated[
@@ -34,6 +35,9 @@ def evaluate(
             metavar="INTEGER,...",
             help="Tokens of a window or needle prompt; else as in training, needles 1024. Needles take several.",
         ),
+    ] = None,
+    passages: Annotated[
+        Path | None, typer.Option(help="Folder with swde.jsonl, squad.jsonl, ...: context, question and answers.")
     ] = None,
     depths: Annotated[
         str | None,
@@ -62,6 +66,7 @@ def evaluate(
       gdn2 eval runs/first --length 8192 model.rope_scaling=ntk model.rope_factor=4
       gdn2 eval runs/first --tasks niah_single_1,niah_multikey_1 --length 2048,4096 --samples 500
       gdn2 eval runs/first --tasks niah_single_2 --length 1024,2048,4096 --depths 0,25,50,75,100
+      gdn2 eval runs/first --tasks swde,squad --passages my_passages --length 2048
       gdn2 eval runs/first --tasks lm_eval:piqa,lm_eval:mine --task-path my_tasks
     """
     from rich.console import Console
@@ -91,6 +96,7 @@ def evaluate(
                 lengths=lengths,
                 depths=places,
                 haystack=text,
+                passage_data=passages,
                 tokens=tokens or loaded.config.train.eval_tokens,
                 samples=samples,
                 seed=seed,

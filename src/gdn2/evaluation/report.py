@@ -10,16 +10,18 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from gdn2.data import TokenFile, Tokenizer
-from gdn2.evaluation import language, needles, retrieval
+from gdn2.data.shards import sha256_of
+from gdn2.evaluation import language, needles, passages, retrieval
 from gdn2.evaluation.answers import greedy
 from gdn2.model import LanguageModel
 
 if TYPE_CHECKING:
     from rich.table import Table
 
-TASKS = ("perplexity", "recall", *needles.NEEDLE_TASKS)
+TASKS = ("perplexity", "recall", *needles.NEEDLE_TASKS, *passages.PASSAGE_TASKS)
 RECALL_TOKENS = 4  # enough for one digit and the end of its line, under any tokenizer
 NEEDLE_LENGTH = 1_024
+PASSAGE_LENGTH = 2_048
 HARNESS = "lm_eval:"  # before the name of a task of lm-evaluation-harness; `integrations/lm_eval.py` runs those
 Result = dict[str, Any]
 
@@ -43,6 +45,7 @@ def evaluate(
     lengths: Sequence[int],
     depths: Sequence[float],
     haystack: needles.Haystack | None,
+    passage_data: Path | None,
     tokens: int,
     samples: int,
     seed: int,
@@ -67,6 +70,8 @@ def evaluate(
         answer = greedy(model, tokenizer, RECALL_TOKENS, ["\n"], progress=progress)
         chance = {"chance_percent": 100 / retrieval.RECALL_PAIRS, "pairs": retrieval.RECALL_PAIRS}
         return {"percent": retrieval.exact(questions, answer), **chance, "samples": samples, "seed": seed}
+    if task in passages.PASSAGE_TASKS:
+        return _passages(task, model, tokenizer, passage_data, max(lengths, default=PASSAGE_LENGTH), progress)
     lengths = lengths or [NEEDLE_LENGTH]
     about, corpus = _haystack(task, haystack, token_file, tokenizer)
     total = samples * len(lengths) * max(1, len(depths))
@@ -76,6 +81,26 @@ def evaluate(
     where = {"lengths": list(lengths), "depths": list(depths)}
     scores = {"percent": sum(by_length) / len(by_length), "percent_by_length": by_length, "grid": grid}
     return scores | where | about | {"samples": samples, "seed": seed}
+
+
+def _passages(
+    task: str,
+    model: LanguageModel,
+    tokenizer: Tokenizer,
+    folder: Path | None,
+    length: int,
+    progress: Callable[[int, int], None],
+) -> Result:
+    if folder is None:
+        raise ValueError(f"{task} asks about documents; expected a folder with {task}.jsonl (--passages)")
+    found = passages.read_passages(folder, task)
+    questions = passages.passage_samples(found, tokenizer, length)
+    if not questions:
+        raise ValueError(f"no answer in {folder / task!s}.jsonl stands in its own context")
+    answer = greedy(model, tokenizer, passages.NEW_TOKENS, ["\n"], progress=progress)
+    left_out = {"without_answer": len(found) - len(questions), "data_sha256": sha256_of(folder / f"{task}.jsonl")}
+    percent = passages.score(questions, answer)
+    return {"percent": percent, "length": length, "samples": len(questions)} | left_out
 
 
 def _haystack(
@@ -128,6 +153,9 @@ def table(results: Mapping[str, Result]) -> "Table":
         elif task == "recall":
             on = f"{result['samples']} samples, {result['pairs']} pairs each"
             out.add_row(task, f"{result['percent']:.1f} %, chance {result['chance_percent']:.1f} %", on)
+        elif task in passages.PASSAGE_TASKS:
+            on = f"{result['samples']} passages of {result['length']:,} tokens round the answer"
+            out.add_row(task, f"{result['percent']:.1f} %", on)
         else:
             name = task
             for length, percent in zip(result["lengths"], result["percent_by_length"]):
