@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from gdn2.config import ConfigError, ModelConfig, OptimConfig
-from gdn2.data.synthetic import MQAR, Parity
+from gdn2.data.synthetic import MQAR, S5, TASKS, Parity
 from gdn2.training import tasks
 from gdn2.training.tasks import TaskRun, train_task
 
@@ -79,3 +79,12 @@ def test_gpu_graphs_train_as_well_as_single_steps(mixer):
     assert first["loss"][-1] < 0.7 * first["loss"][0]
     assert first["loss"] == pytest.approx(again["loss"], abs=0.2)  # atomics may order sums anew
     assert len(set(first["loss"])) == 20  # every replay draws anew
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("task", [*TASKS.values(), S5(swaps=True)], ids=[*TASKS, "s5, swaps"])
+def test_gpu_graphs_take_every_task(task):
+    result = train_task(replace(TINY, key_dim=16, value_dim=16), task, replace(QUICK, steps=40), 0, "cuda")
+    assert len(set(result["loss"])) == 20
+    assert [row["load"] for row in result["by_load"]] == [1, 2]

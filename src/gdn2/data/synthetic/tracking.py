@@ -40,7 +40,7 @@ class S5:
 
     def draw(self, load: int, batch: int, generator: torch.Generator) -> Questions:
         check_load(load, LONGEST, "permutations")
-        table, exchanges = (x.to(generator.device) for x in _products())
+        table, exchanges = _products(generator.device)
         if self.swaps:
             tokens = exchanges[integers(batch, load, len(exchanges), generator)]
         else:
@@ -53,13 +53,17 @@ class S5:
 
 
 @cache
-def _products() -> tuple[Tensor, Tensor]:
-    """table [120, 120]: the index of "first the one, then the other"; and the indices that move two things or none."""
+def _products(device: torch.device) -> tuple[Tensor, Tensor]:
+    """table [120, 120]: the index of "first the one, then the other"; and the indices that move two things or none.
+
+    Kept on the device: a copy from the host would wait for it, and could not be recorded in a graph.
+    """
     elements = list(permutations(range(5)))
     index = {p: i for i, p in enumerate(elements)}
     table = [[index[tuple(second[x] for x in first)] for second in elements] for first in elements]
     moved = [sum(x != i for i, x in enumerate(p)) for p in elements]
-    return torch.tensor(table), torch.tensor([i for i, n in enumerate(moved) if n in (0, 2)])
+    exchanges = [i for i, n in enumerate(moved) if n in (0, 2)]
+    return torch.tensor(table, device=device), torch.tensor(exchanges, device=device)
 
 
 def _everywhere(tokens: Tensor, answers: Tensor) -> Questions:
