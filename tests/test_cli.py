@@ -97,7 +97,7 @@ def test_help_lists_every_command(capsys):
 def test_prepare_mixes_in_recall_and_needle_documents(shards):
     meta = json.loads((shards / "meta.json").read_text())
     assert meta["train"]["documents"] + meta["val"]["documents"] == 85
-    assert meta["sources"][1:] == ["20 recall documents", "5 needle documents"]
+    assert meta["sources"][1:] == ["20 recall documents", "5 needle documents: niah_single_1"]
     text = b"".join((shards / f"{split}.bin").read_bytes()[::2] for split in ("train", "val"))  # uint16: byte, 0
     assert text.count(b"of the texts.") == 60
     assert text.count(b"special magic number for") == 10
@@ -157,6 +157,11 @@ def test_eval_of_a_packed_run_is_its_last_validation(shards, tmp_path):
 def test_eval_asks_for_needles(run, capsys):
     assert call("eval", run, "--tasks", "niah_single_2", "--length", 700, "--samples", 2) == 0
     assert "2 prompts of 700 tokens" in " ".join(capsys.readouterr().out.split())
+    assert (
+        call("eval", run, "--tasks", "niah_single_1", "--length", "600,700", "--depths", "0,99.5", "--samples", 1) == 0
+    )
+    result = json.loads((run / "eval.json").read_text())["niah_single_1"]
+    assert (result["lengths"], result["depths"]) == ([600, 700], [0, 99.5])
 
 
 def test_generate_continues_and_repeats_under_a_seed(run, capsys):
@@ -342,6 +347,9 @@ def test_train_refuses_before_anything_is_written(tmp_path, capsys, arguments, m
     [
         (["eval", "RUN", "--tasks", "recal"], "task is 'recal'; expected one of"),
         (["eval", "RUN", "--tasks", "niah_single_1", "--length", "50"], "length is 50 tokens; expected at least"),
+        (["eval", "RUN", "--length", "64,0"], "--length is '64,0'; expected integers >= 1, separated by commas"),
+        (["eval", "RUN", "--depths", "-1"], "--depths is '-1'; expected numbers of 0 to 100, separated by commas"),
+        (["eval", "RUN", "--haystack", "nowhere.txt"], "nowhere.txt"),
         (["eval", "RUN", "--data", "nowhere"], "'nowhere' is no folder of token shards"),
         (["eval", "nowhere"], "'nowhere' holds no checkpoint"),
         (["eval", "RUN", "optim.lr=1"], "setting 'optim.lr=1'; expected model.key=value"),

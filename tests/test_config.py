@@ -36,7 +36,7 @@ def refused(assignment: str, message: str) -> None:
     ("assignment", "message"),
     [
         ("model.d_model=0", "model.d_model is 0; expected an integer >= 1"),
-        ("model.mixer=gru", "model.mixer is 'gru'; expected one of gdn2, kda, gdn, deltanet, mamba2, mamba3"),
+        ("model.mixer=gru", "model.mixer is 'gru'; expected one of gdn2, kda, gdn, deltanet, linear, mamba2, mamba3"),
         ("model.cell=[]", "model.cell is (); expected a non-empty list of mixer or attention"),
         ("model.cell=[mamba]", "model.cell is ('mamba',); expected a non-empty list"),
         ("model.num_value_heads=17", "model.num_value_heads is 17; expected a multiple of num_heads (16)"),

@@ -84,7 +84,7 @@ def test_public_names_are_pinned():
         "debug_checks", "rule_from_projections",
     }  # fmt: skip
     assert set(gdn2.layers.__all__) == {
-        "GatedDeltaNet2", "KimiDeltaAttention", "GatedDeltaNet", "DeltaNet", "Mamba2", "Mamba3",
+        "GatedDeltaNet2", "KimiDeltaAttention", "LinearAttention", "GatedDeltaNet", "DeltaNet", "Mamba2", "Mamba3",
         "SlidingWindowAttention", "RMSNorm", "SwiGLU", "DeltaState", "Mamba2State", "Mamba3State", "AttentionState",
     }  # fmt: skip
     for module in (gdn2, gdn2.ops, gdn2.layers):

@@ -46,7 +46,7 @@ def test_published_memory_is_262144_floats_a_layer() -> None:
     assert describe(config).state_floats == 18 * (262_144 + 3 * 3 * 2_048)  # memory (90) and tails
 
 
-MIXERS = ("gdn2", "kda", "gdn", "deltanet", "mamba2", "mamba3")
+MIXERS = ("gdn2", "kda", "gdn", "deltanet", "linear", "mamba2", "mamba3")
 
 
 @pytest.mark.parametrize("mixer", MIXERS)

@@ -96,6 +96,7 @@ MIXERS: dict[str, dict[str, object]] = {
     "kda": {"mixer": "kda"},
     "gdn": {"mixer": "gdn"},
     "deltanet": {"mixer": "deltanet"},
+    "linear": {"mixer": "linear"},
     "mamba2": {"mixer": "mamba2"},
     "mamba3": {"mixer": "mamba3"},
     "mamba3-mimo": {"mixer": "mamba3", "mimo_rank": 4},
@@ -245,6 +246,7 @@ def test_checkpoint_comes_back_bit_for_bit(tmp_path: Path, changes: dict[str, ob
 def test_mixer_of_a_block_is_the_one_that_was_asked_for_with_its_options(name: str) -> None:
     mixer = small(**MIXERS[name], norm_eps=1e-3).blocks[0].mixer
     kinds = {"gdn2": "GatedDeltaNet2", "kda": "KimiDeltaAttention", "gdn": "GatedDeltaNet", "deltanet": "DeltaNet",
+             "linear": "LinearAttention",
              "mamba2": "Mamba2", "mamba3": "Mamba3", "mamba3-mimo": "Mamba3", "ablated": "GatedDeltaNet2",
              "transformer": "SlidingWindowAttention"}  # fmt: skip
     assert type(mixer).__name__ == kinds[name]

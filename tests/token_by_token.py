@@ -144,6 +144,17 @@ def delta_net(layer, x: Tensor, largest: float = 1) -> Result:
     return o.flatten(-2) @ layer.out_proj.weight.T, {"memory": S.mT} | tails(layer, x)
 
 
+def linear_attention(layer, x: Tensor) -> Result:
+    """S_t = S_{t-1} + v k^T, in [V, K]; the output is normalised, not gated."""
+    q, k, v = streams(layer, x)
+    S, outputs = x.new_zeros(x.shape[0], layer.num_heads, layer.value_dim, layer.key_dim), []
+    for t in range(x.shape[1]):
+        S = S + outer(v[:, t], k[:, t])
+        outputs.append((S @ q[:, t, :, :, None]).squeeze(-1) / layer.key_dim**0.5)
+    o = rms(torch.stack(outputs, dim=1), layer.norm.weight)
+    return o.flatten(-2) @ layer.out_proj.weight.T, {"memory": S.mT} | tails(layer, x)
+
+
 def mamba2(layer, x: Tensor) -> Result:
     """h_t = exp(A dt) h_{t-1} + dt x B^T, y = h C + D x, in its paper's [V, K]; RMSNorm of y SiLU(z)."""
     H, K, V = layer.num_heads, layer.key_dim, layer.value_dim

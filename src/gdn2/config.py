@@ -18,11 +18,11 @@ from pathlib import Path
 from typing import Any
 
 DELTA_RULES = ("gdn2", "kda", "gdn", "deltanet")
-MIXERS = (*DELTA_RULES, "mamba2", "mamba3")
+MIXERS = (*DELTA_RULES, "linear", "mamba2", "mamba3")
 # Options of the mixer that only some have; with any other they must keep their default.
 MIXER_OPTIONS = {
     "num_value_heads": ("gdn2",),
-    "conv_width": (*DELTA_RULES, "mamba2"),
+    "conv_width": (*DELTA_RULES, "linear", "mamba2"),
     "negative_eigenvalues": DELTA_RULES,
     "channel_erase": ("gdn2",),
     "channel_write": ("gdn2",),

@@ -17,6 +17,7 @@ from gdn2.layers import (
     GatedDeltaNet,
     GatedDeltaNet2,
     KimiDeltaAttention,
+    LinearAttention,
     Mamba2,
     Mamba2State,
     Mamba3,
@@ -83,6 +84,7 @@ MIXERS: dict[str, type[nn.Module]] = {
     "kda": KimiDeltaAttention,
     "gdn": GatedDeltaNet,
     "deltanet": DeltaNet,
+    "linear": LinearAttention,
     "mamba2": Mamba2,
     "mamba3": Mamba3,
 }

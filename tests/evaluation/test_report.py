@@ -9,7 +9,9 @@ from rich.console import Console
 
 from gdn2.config import ModelConfig
 from gdn2.data import Shards, load_tokenizer, prepare
-from gdn2.evaluation import report, retrieval
+from gdn2.evaluation import report
+from gdn2.evaluation.answers import greedy
+from gdn2.evaluation.needles import Haystack, essays
 from gdn2.model import LanguageModel
 
 BYTES = load_tokenizer("bytes")
@@ -31,14 +33,18 @@ def model():
 
 
 def run(task, model, val, **changes):
-    settings = {"seq_len": 64, "packed": False, "length": None, "tokens": 128, "samples": 2, "seed": 0, "device": "cpu"}
+    settings = {"seq_len": 64, "packed": False, "lengths": [], "depths": [], "haystack": None, "tokens": 128}
+    settings |= {"passage_data": None}
+    settings |= {"samples": 2, "seed": 0, "device": "cpu"}
     return report.evaluate(task, model, BYTES, val, **settings | changes)
 
 
 @pytest.mark.parametrize("task", report.TASKS)
-def test_every_task_runs_and_makes_a_row(task, model, val):
+def test_every_task_runs_and_makes_a_row(task, model, val, tmp_path):
+    passage = json.dumps({"context": "The hill is 300 m high.", "question": "How high?", "answers": ["300"]})
+    (tmp_path / f"{task}.jsonl").write_text(f"{passage}\n{passage}\n")
     counts = []
-    result = run(task, model, val, progress=lambda *count: counts.append(count))
+    result = run(task, model, val, passage_data=tmp_path, progress=lambda *count: counts.append(count))
     assert counts[-1] == ((128, 128) if task == "perplexity" else (2, 2))
     assert json.loads(json.dumps(result, allow_nan=False)) == json.loads(json.dumps(result))
     assert report.table({task: result}).row_count >= 1
@@ -46,22 +52,34 @@ def test_every_task_runs_and_makes_a_row(task, model, val):
 
 def test_length_is_that_of_windows_and_needle_prompts(model, val):
     assert run("perplexity", model, val)["length"] == 64
-    assert run("perplexity", model, val, length=100)["length"] == 100
-    assert run("niah_single_1", model, val, samples=1)["length"] == report.NEEDLE_LENGTH
-    assert run("niah_single_1", model, val, samples=1, length=800)["length"] == 800
+    assert run("perplexity", model, val, lengths=[100])["length"] == 100
+    assert run("niah_single_1", model, val, samples=1)["lengths"] == [report.NEEDLE_LENGTH]
+    counts = []
+    settings = {"samples": 1, "lengths": [800, 900], "depths": [0, 100]}
+    result = run("niah_single_1", model, val, **settings, progress=lambda *count: counts.append(count))
+    assert (result["lengths"], result["depths"], counts) == ([800, 900], [0, 100], [(1, 4), (2, 4), (3, 4), (4, 4)])
+    assert [len(row) for row in result["grid"]] == [2, 2]
+
+
+def test_haystack_is_named_and_hashed(model, val):
+    own = run("niah_single_2", model, val, samples=1)
+    given = run("niah_single_2", model, val, samples=1, haystack=Haystack("An essay. It goes on.", "essays.json"))
+    assert (own["haystack"], given["haystack"]) == ("validation documents", "essays.json")
+    assert own["haystack_sha256"] != given["haystack_sha256"]
+    assert run("niah_single_1", model, val, samples=1)["haystack"] == "one line repeated"
 
 
 def test_model_answers_greedily_in_order(model):
     prompts = [f"ask {i}" for i in range(5)]
-    together = retrieval.greedy(model, BYTES, 6, batch=2)(prompts)
-    assert together == [retrieval.greedy(model, BYTES, 6)([prompt])[0] for prompt in prompts]
+    together = greedy(model, BYTES, 6, batch=2)(prompts)
+    assert together == [greedy(model, BYTES, 6)([prompt])[0] for prompt in prompts]
 
 
 def test_essays_are_whole_documents_from_the_start(val):
     documents = [BYTES.decode(val.tokens[a:b].tolist()) for a, b in zip(val.offsets[:3], val.offsets[1:4])]
-    assert retrieval.essays(val, BYTES).split("\n\n")[:3] == documents
-    assert retrieval.essays(val, BYTES, tokens=int(val.offsets[2])) == "\n\n".join(documents[:2])
-    assert retrieval.essays(val, BYTES, tokens=1) == documents[0]
+    assert essays(val, BYTES).split("\n\n")[:3] == documents
+    assert essays(val, BYTES, tokens=int(val.offsets[2])) == "\n\n".join(documents[:2])
+    assert essays(val, BYTES, tokens=1) == documents[0]
 
 
 def test_unknown_task_is_named(model, val):
@@ -82,7 +100,7 @@ def test_results_are_written_whole_and_read_back(tmp_path):
 def test_table_keeps_each_result_on_one_line_at_80_columns():
     bucket = {"start": 131_072, "stop": 262_144, "nats": 10.1234, "bits_per_byte": 16.0704}
     perplexity = {"perplexity": 12345.678, "bits_per_byte": 16.0704, "tokens": 262_144, "length": 262_144}
-    needles = {"percent": 100.0, "samples": 500, "length": 262_144, "haystack": "validation documents"}
+    needles = {"percent_by_length": [100.0], "samples": 500, "lengths": [262_144], "haystack": "validation documents"}
     recall = {"percent": 100.0, "chance_percent": 12.5, "samples": 500, "pairs": 8}
     results = {"perplexity": perplexity | {"by_position": [bucket]}, "niah_multikey_1": needles, "recall": recall}
     console = Console(file=StringIO(), width=80)

@@ -11,6 +11,7 @@ from token_by_token import (
     gated_delta_net,
     gated_delta_net_2,
     kimi_delta_attention,
+    linear_attention,
     mamba2,
     mamba3,
 )
@@ -21,6 +22,7 @@ from gdn2.layers import (
     GatedDeltaNet,
     GatedDeltaNet2,
     KimiDeltaAttention,
+    LinearAttention,
     Mamba2,
     Mamba3,
     SlidingWindowAttention,
@@ -64,6 +66,7 @@ CASES: dict[str, tuple[Callable[[], nn.Module], Callable]] = {
         lambda: DeltaNet(**SIZES, negative_eigenvalues=True),
         partial(delta_net, largest=2),
     ),
+    "linear": (lambda: LinearAttention(**SIZES), linear_attention),
     "mamba2": (lambda: Mamba2(**SIZES, conv_width=3), mamba2),
     "mamba3": (lambda: Mamba3(**SIZES), mamba3),
     "mamba3, all channels rotated": (lambda: Mamba3(**SIZES, rope_fraction=1.0), mamba3),

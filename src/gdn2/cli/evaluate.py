@@ -1,5 +1,6 @@
 """`gdn2 eval`."""
 
+from math import inf, nan
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -23,13 +24,31 @@ def evaluate(
     tasks: Annotated[
         str,
         typer.Option(
-            help="Comma-separated: perplexity, recall, niah_single_1, niah_single_2, niah_single_3, niah_multikey_1, "
-            "and lm_eval:NAME for a task of lm-evaluation-harness."
+            help="Comma-separated: perplexity, recall, niah_single_1, _2, _3, niah_multikey_1, _2, _3, "
+            "niah_multivalue, niah_multiquery; swde, squad, fda, triviaqa, nq, drop; and lm_eval:NAME for a task of "
+            "lm-evaluation-harness."
         ),
     ] = "perplexity,recall",
     length: Annotated[
-        int | None,
-        typer.Option(min=1, help="Tokens of a window or needle prompt; else as in training, and 1024 for needles."),
+        str | None,
+        typer.Option(
+            metavar="INTEGER,...",
+            help="Tokens of a window or needle prompt; else as in training, needles 1024. Needles take several.",
+        ),
+    ] = None,
+    passages: Annotated[
+        Path | None, typer.Option(help="Folder with swde.jsonl, squad.jsonl, ...: context, question and answers.")
+    ] = None,
+    depths: Annotated[
+        str | None,
+        typer.Option(
+            metavar="PERCENT,...",
+            help="Where needles hide, for a heat map of depth and length; else drawn as in RULER.",
+        ),
+    ] = None,
+    haystack: Annotated[
+        Path | None,
+        typer.Option(help="Text that needles hide in, or RULER's PaulGrahamEssays.json; else validation documents."),
     ] = None,
     samples: Annotated[int, typer.Option(min=1, help="Questions of each recall task.")] = 100,
     tokens: Annotated[int | None, typer.Option(min=1, help="Tokens to score; else as the run's validation.")] = None,
@@ -45,14 +64,20 @@ def evaluate(
       gdn2 eval runs/first
       gdn2 eval runs/first --tasks perplexity --length 8192
       gdn2 eval runs/first --length 8192 model.rope_scaling=ntk model.rope_factor=4
-      gdn2 eval runs/first --tasks niah_single_1,niah_multikey_1 --length 2048 --samples 500
+      gdn2 eval runs/first --tasks niah_single_1,niah_multikey_1 --length 2048,4096 --samples 500
+      gdn2 eval runs/first --tasks niah_single_2 --length 1024,2048,4096 --depths 0,25,50,75,100
+      gdn2 eval runs/first --tasks swde,squad --passages my_passages --length 2048
       gdn2 eval runs/first --tasks lm_eval:piqa,lm_eval:mine --task-path my_tasks
     """
     from rich.console import Console
 
     from gdn2.evaluation import report
+    from gdn2.evaluation.needles import read_haystack
 
     names = report.check_tasks([name.strip() for name in tasks.split(",")])
+    lengths = numbers("--length", length, int, 1, inf)
+    places = numbers("--depths", depths, float, 0, 100)
+    text = read_haystack(haystack) if haystack else None
     changed = list(settings or ())
     harness = [name.removeprefix(report.HARNESS) for name in names if name.startswith(report.HARNESS)]
     own = [name for name in names if not name.startswith(report.HARNESS)]
@@ -68,7 +93,10 @@ def evaluate(
                 val,
                 seq_len=loaded.config.data.seq_len,
                 packed=loaded.config.data.packed,
-                length=length,
+                lengths=lengths,
+                depths=places,
+                haystack=text,
+                passage_data=passages,
                 tokens=tokens or loaded.config.train.eval_tokens,
                 samples=samples,
                 seed=seed,
@@ -86,7 +114,7 @@ def evaluate(
                 loaded.model,
                 loaded.tokenizer,
                 harness,
-                length or loaded.config.data.seq_len,
+                max(lengths, default=loaded.config.data.seq_len),
                 task_path,
                 progress=progress,
             )
@@ -96,6 +124,21 @@ def evaluate(
         shown += found
         report.write(run / "eval.json", results)
     Console().print(report.table({name: results[name] for name in shown}))
+
+
+def numbers(option: str, text: str | None, kind: type, low: float, high: float) -> list[Any]:
+    """The comma-separated numbers of an option. ValueError for what is none, or outside [low, high]."""
+    found = []
+    for part in text.split(",") if text is not None else ():
+        try:
+            found.append(kind(part))
+        except ValueError:
+            found.append(nan)
+        if not low <= found[-1] <= high:
+            what = "integers" if kind is int else "numbers"
+            bounds = f">= {low}" if high == inf else f"of {low} to {high}"
+            raise ValueError(f"{option} is {text!r}; expected {what} {bounds}, separated by commas")
+    return found
 
 
 def shards_of(path: Path | str, tokenizer: "Tokenizer") -> Any:

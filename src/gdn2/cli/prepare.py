@@ -6,8 +6,6 @@ from typing import Annotated
 
 import typer
 
-NEEDLE_TOKENS = 512  # at most, in a needle document that `prepare` mixes in
-
 
 def prepare(
     out: Annotated[Path, typer.Option(help="The folder to write; it must not exist yet.")],
@@ -25,8 +23,15 @@ def prepare(
         int, typer.Option(min=0, help="Key-value documents to mix in; they teach what `eval --tasks recall` asks.")
     ] = 0,
     mix_needles: Annotated[
-        int, typer.Option(min=0, help="Needle documents to mix in; they teach what `eval --tasks niah_single_1` asks.")
+        int, typer.Option(min=0, help="Needle documents to mix in; they teach what `eval --tasks niah_...` asks.")
     ] = 0,
+    needle_tasks: Annotated[
+        str, typer.Option(help="Their tasks, comma-separated and in turn: niah_single_1, niah_multikey_1, ...")
+    ] = "niah_single_1",
+    needle_tokens: Annotated[int, typer.Option(min=1, help="Tokens of a needle document, or a few more.")] = 512,
+    haystack: Annotated[
+        Path | None, typer.Option(help="Text that needles hide in, for tasks with essays: a text file or JSON.")
+    ] = None,
 ) -> None:
     """Turn text into token shards for training and validation.
 
@@ -37,14 +42,21 @@ def prepare(
       gdn2 prepare books/ more.jsonl --tokenizer tokenizer.json --out corpora/books
     """
     from gdn2.data import load_tokenizer, prepare, show_progress
-    from gdn2.evaluation.retrieval import needle_documents, recall_documents
+    from gdn2.evaluation.needles import needle_documents, needle_task, read_haystack
+    from gdn2.evaluation.retrieval import recall_documents
 
     documents: dict[str, Iterable[str]] = {}
     if mix_recall:
         documents[f"{mix_recall} recall documents"] = recall_documents(mix_recall, seed)
     if mix_needles:
-        needles = needle_documents(mix_needles, NEEDLE_TOKENS, load_tokenizer(tokenizer), seed)
-        documents[f"{mix_needles} needle documents"] = needles
+        names = [name.strip() for name in needle_tasks.split(",")]
+        for name in names:
+            if needle_task(name).haystack == "essays" and haystack is None:
+                raise ValueError(f"{name} hides its needles in essays; expected --haystack FILE")
+        text = read_haystack(haystack) if haystack else None
+        documents[f"{mix_needles} needle documents: {', '.join(names)}"] = needle_documents(
+            mix_needles, needle_tokens, load_tokenizer(tokenizer), seed, names, text.text if text else None
+        )
     with show_progress() as progress:
         meta = prepare(
             out,

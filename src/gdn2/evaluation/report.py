@@ -2,7 +2,7 @@
 
 import json
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -10,15 +10,18 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from gdn2.data import TokenFile, Tokenizer
-from gdn2.evaluation import language, retrieval
+from gdn2.data.shards import sha256_of
+from gdn2.evaluation import language, needles, passages, retrieval
+from gdn2.evaluation.answers import greedy
 from gdn2.model import LanguageModel
 
 if TYPE_CHECKING:
     from rich.table import Table
 
-TASKS = ("perplexity", "recall", *retrieval.NEEDLE_TASKS)
+TASKS = ("perplexity", "recall", *needles.NEEDLE_TASKS, *passages.PASSAGE_TASKS)
 RECALL_TOKENS = 4  # enough for one digit and the end of its line, under any tokenizer
 NEEDLE_LENGTH = 1_024
+PASSAGE_LENGTH = 2_048
 HARNESS = "lm_eval:"  # before the name of a task of lm-evaluation-harness; `integrations/lm_eval.py` runs those
 Result = dict[str, Any]
 
@@ -39,7 +42,10 @@ def evaluate(
     *,
     seq_len: int,
     packed: bool,
-    length: int | None,
+    lengths: Sequence[int],
+    depths: Sequence[float],
+    haystack: needles.Haystack | None,
+    passage_data: Path | None,
     tokens: int,
     samples: int,
     seed: int,
@@ -48,27 +54,64 @@ def evaluate(
 ) -> Result:
     """Run one of TASKS on held-out text; returns its result with the settings that produced it.
 
-    `perplexity` scores about `tokens` targets in windows of `length`, or of `seq_len` when that is None, and heeds the
-    borders of documents when `packed`, as training did. The others
-    ask `samples` questions drawn with `seed`: needles in prompts of `length` tokens, or of NEEDLE_LENGTH. `progress`
-    is told how many targets or samples are done, and of how many. ValueError for what the task refuses.
+    `perplexity` scores about `tokens` targets in windows of the longest of `lengths`, or of `seq_len` where there is
+    none, and heeds the borders of documents when `packed`, as training did. The others ask `samples` questions drawn
+    with `seed`: needles in prompts of each of `lengths` tokens, or of NEEDLE_LENGTH, at each of `depths`, percent, or
+    at drawn ones; they hide in `haystack`, or in the validation documents. `progress` is told how many targets or
+    samples are done, and of how many. ValueError for what the task refuses.
     """
     check_tasks([task])
     if task == "perplexity":
-        score = language.perplexity(model, token_file, length or seq_len, tokens, device, packed, progress)
-        return asdict(score) | {"length": length or seq_len}
+        length = max(lengths, default=seq_len)
+        score = language.perplexity(model, token_file, length, tokens, device, packed, progress)
+        return asdict(score) | {"length": length}
     if task == "recall":
         questions = retrieval.recall_samples(samples, seed)
-        answer = retrieval.greedy(model, tokenizer, RECALL_TOKENS, ["\n"], progress=progress)
+        answer = greedy(model, tokenizer, RECALL_TOKENS, ["\n"], progress=progress)
         chance = {"chance_percent": 100 / retrieval.RECALL_PAIRS, "pairs": retrieval.RECALL_PAIRS}
         return {"percent": retrieval.exact(questions, answer), **chance, "samples": samples, "seed": seed}
-    length = length or NEEDLE_LENGTH
-    essays = retrieval.NEEDLE_TASKS[task].essays
-    corpus = retrieval.essays(token_file, tokenizer) if essays else None
-    needles = retrieval.niah_samples(task, tokenizer, length, samples, seed, corpus)
-    answer = retrieval.greedy(model, tokenizer, retrieval.ANSWER_TOKENS, progress=progress)
-    settings = {"length": length, "haystack": "validation documents" if essays else "one line repeated"}
-    return {"percent": retrieval.score(needles, answer), **settings, "samples": samples, "seed": seed}
+    if task in passages.PASSAGE_TASKS:
+        return _passages(task, model, tokenizer, passage_data, max(lengths, default=PASSAGE_LENGTH), progress)
+    lengths = lengths or [NEEDLE_LENGTH]
+    about, corpus = _haystack(task, haystack, token_file, tokenizer)
+    total = samples * len(lengths) * max(1, len(depths))
+    answer = greedy(model, tokenizer, needles.ANSWER_TOKENS, progress=progress, total=total)
+    grid = needles.niah_grid(task, tokenizer, lengths, depths, samples, seed, answer, corpus)
+    by_length = [sum(row) / len(row) for row in grid]
+    where = {"lengths": list(lengths), "depths": list(depths)}
+    scores = {"percent": sum(by_length) / len(by_length), "percent_by_length": by_length, "grid": grid}
+    return scores | where | about | {"samples": samples, "seed": seed}
+
+
+def _passages(
+    task: str,
+    model: LanguageModel,
+    tokenizer: Tokenizer,
+    folder: Path | None,
+    length: int,
+    progress: Callable[[int, int], None],
+) -> Result:
+    if folder is None:
+        raise ValueError(f"{task} asks about documents; expected a folder with {task}.jsonl (--passages)")
+    found = passages.read_passages(folder, task)
+    questions = passages.passage_samples(found, tokenizer, length)
+    if not questions:
+        raise ValueError(f"no answer in {folder / task!s}.jsonl stands in its own context")
+    answer = greedy(model, tokenizer, passages.NEW_TOKENS, ["\n"], progress=progress)
+    left_out = {"without_answer": len(found) - len(questions), "data_sha256": sha256_of(folder / f"{task}.jsonl")}
+    percent = passages.score(questions, answer)
+    return {"percent": percent, "length": length, "samples": len(questions)} | left_out
+
+
+def _haystack(
+    task: str, given: needles.Haystack | None, token_file: TokenFile, tokenizer: Tokenizer
+) -> tuple[Result, str | None]:
+    """What results say of a needle task's haystack, and its text where that is natural."""
+    kind = needles.needle_task(task).haystack
+    if kind != "essays":
+        return {"haystack": "one line repeated" if kind == "line" else "other needles"}, None
+    haystack = given or needles.Haystack(needles.essays(token_file, tokenizer), "validation documents")
+    return {"haystack": haystack.name, "haystack_sha256": haystack.sha256}, haystack.text
 
 
 def read(path: Path) -> dict[str, Result]:
@@ -110,9 +153,15 @@ def table(results: Mapping[str, Result]) -> "Table":
         elif task == "recall":
             on = f"{result['samples']} samples, {result['pairs']} pairs each"
             out.add_row(task, f"{result['percent']:.1f} %, chance {result['chance_percent']:.1f} %", on)
-        else:
-            on = f"{result['samples']} prompts of {result['length']:,} tokens, {result['haystack']}"
+        elif task in passages.PASSAGE_TASKS:
+            on = f"{result['samples']} passages of {result['length']:,} tokens round the answer"
             out.add_row(task, f"{result['percent']:.1f} %", on)
+        else:
+            name = task
+            for length, percent in zip(result["lengths"], result["percent_by_length"]):
+                on = f"{result['samples']} prompts of {length:,} tokens, {result['haystack']}"
+                out.add_row(name, f"{percent:.1f} %", on)
+                name = ""
     return out
 
 

@@ -7,7 +7,7 @@ from gdn2.layers.mamba3 import Mamba3
 from gdn2.layers.mlp import SwiGLU
 from gdn2.layers.norm import RMSNorm
 from gdn2.layers.state import AttentionState, DeltaState, Mamba2State, Mamba3State
-from gdn2.layers.tied import DeltaNet, GatedDeltaNet, KimiDeltaAttention
+from gdn2.layers.tied import DeltaNet, GatedDeltaNet, KimiDeltaAttention, LinearAttention
 
 __all__ = [
     "AttentionState",
@@ -16,6 +16,7 @@ __all__ = [
     "GatedDeltaNet",
     "GatedDeltaNet2",
     "KimiDeltaAttention",
+    "LinearAttention",
     "Mamba2",
     "Mamba2State",
     "Mamba3",

@@ -116,6 +116,17 @@ class TiedGates(Gates):
         return None if self.decay is None else self.decay.project(x), beta, beta
 
 
+class OpenGates(Gates):
+    """Nothing decays, nothing is erased, everything is written; there is nothing to learn."""
+
+    def __init__(self, num_heads: int) -> None:
+        super().__init__(1.0, 1.0, plain=False)
+        self.decay, self.num_heads = None, num_heads
+
+    def forward(self, x: Tensor) -> tuple[None, Tensor, Tensor]:
+        return None, x.new_zeros(*x.shape[:2], self.num_heads, 1), x.new_ones(*x.shape[:2], self.num_heads, 1)
+
+
 class ChannelGates(Gates):
     """The gates of Gated DeltaNet-2: decay and erase per key channel, write per value channel.       (11, 12)
 

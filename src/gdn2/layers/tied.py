@@ -1,9 +1,9 @@
-"""The delta rules that came before Gated DeltaNet-2: one beta per head erases and writes alike."""
+"""What came before Gated DeltaNet-2: the delta rules in which one beta per head erases and writes alike, and none."""
 
 from torch import Tensor
 
 from gdn2.layers.delta import DeltaMixer
-from gdn2.layers.gates import DecayGate, TiedGates
+from gdn2.layers.gates import DecayGate, OpenGates, TiedGates
 from gdn2.layers.linear import Linear, low_rank
 from gdn2.layers.norm import GatedRMSNorm, RMSNorm, SigmoidGatedRMSNorm
 
@@ -76,6 +76,32 @@ class DeltaNet(DeltaMixer):
     ) -> None:
         super().__init__(d_model, num_heads, None, key_dim, value_dim, conv_width)
         self.gates = TiedGates(d_model, num_heads, None, negative_eigenvalues)
+        self.norm = RMSNorm(value_dim, norm_eps)
+        self.out_proj = Linear(num_heads * value_dim, d_model, bias=False)
+        self.reset_parameters()
+
+    def read_out(self, o: Tensor, x: Tensor) -> Tensor:
+        normed: Tensor = self.norm(o)
+        return normed
+
+
+class LinearAttention(DeltaMixer):
+    """Linear attention (arXiv 2006.16236): the memory adds what every token writes, nothing decays or is erased.
+
+    All else is DeltaNet's, so that the two differ by the erasure alone. Arguments as for `GatedDeltaNet2`.
+    """
+
+    def __init__(
+        self,
+        d_model: int,
+        num_heads: int,
+        key_dim: int = 128,
+        value_dim: int = 128,
+        conv_width: int = 4,
+        norm_eps: float = 1e-5,
+    ) -> None:
+        super().__init__(d_model, num_heads, None, key_dim, value_dim, conv_width)
+        self.gates = OpenGates(num_heads)
         self.norm = RMSNorm(value_dim, norm_eps)
         self.out_proj = Linear(num_heads * value_dim, d_model, bias=False)
         self.reset_parameters()

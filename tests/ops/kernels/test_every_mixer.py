@@ -10,7 +10,7 @@ import torch
 from operands import assert_close
 from torch import Tensor, nn
 
-from gdn2.layers import DeltaNet, GatedDeltaNet, KimiDeltaAttention, Mamba2, Mamba3
+from gdn2.layers import DeltaNet, GatedDeltaNet, KimiDeltaAttention, LinearAttention, Mamba2, Mamba3
 from gdn2.ops import library
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -22,6 +22,7 @@ MIXERS: dict[str, Callable[..., nn.Module]] = {
     "kda": KimiDeltaAttention,
     "gdn": GatedDeltaNet,
     "deltanet": DeltaNet,
+    "linear": LinearAttention,
     "mamba2": Mamba2,
     "mamba3": Mamba3,
     "mamba3-mimo": lambda *sizes: Mamba3(*sizes, mimo_rank=4),

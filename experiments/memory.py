@@ -1,0 +1,180 @@
+"""Experiment 1: accuracy against memory load, every mixer with the same memory.
+
+    python experiments/memory.py --size full --device cuda --budget-seconds 600
+    python experiments/memory.py --tasks overwrite --mixers gdn2,kda --seeds 5
+    python experiments/memory.py --summary
+
+A row is one small model, trained on one task and asked at several loads. The grid is seeds x tasks x memories x
+learning rates x mixers, the mixers innermost: wherever the budget ends it, each has had the same. Rows are appended to
+a file of JSON lines, with settings, seed, code, a hash of the questions, the training loss and the time; rows that are
+there are skipped, so that the same command goes on. `--dry-run` counts them. All mixers have the same learning rates to
+choose from; the summary takes for each the one that is best on validation questions, and shows the test questions, mean
+and standard deviation over seeds.
+"""
+
+import argparse
+import hashlib
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, replace
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import rows
+import torch
+from rows import Row
+from summary import summarise, table
+
+from gdn2.config import ModelConfig, OptimConfig
+from gdn2.data.synthetic import MQAR, Deletion, Overwrite, Sharing, SyntheticTask
+from gdn2.training.tasks import TEST_SEED, TaskRun, train_task
+
+MIXERS: dict[str, dict[str, Any]] = {
+    name: {"mixer": name} for name in ("gdn2", "kda", "gdn", "deltanet", "linear", "mamba2", "mamba3")
+}
+# Table 5's ablations: which gate of Gated DeltaNet-2 gives how much.
+MIXERS["gdn2-scalar-erase"] = {"mixer": "gdn2", "channel_erase": False}
+MIXERS["gdn2-scalar-write"] = {"mixer": "gdn2", "channel_write": False}
+MIXERS["gdn2-negative"] = {"mixer": "gdn2", "negative_eigenvalues": True}
+USUAL = ("gdn2", "kda", "gdn", "deltanet", "linear", "mamba2", "mamba3")
+
+
+@dataclass(frozen=True)
+class Size:
+    """A grid: its tasks, the memories of a layer as (heads, channels of keys and of values), what is swept."""
+
+    tasks: dict[str, SyntheticTask]
+    memories: tuple[tuple[int, int], ...]
+    rates: tuple[float, ...]
+    seeds: int
+    run: TaskRun
+    width: int
+    layers: int
+
+
+SIZES = {
+    "full": Size(
+        tasks={
+            "mqar": MQAR(vocab_size=2_048),
+            "overwrite": Overwrite(),
+            "sharing": Sharing(),
+            "deletion": Deletion(),
+        },
+        memories=((1, 16), (2, 16), (2, 32)),
+        rates=(1e-3, 3e-3, 1e-2),
+        seeds=3,
+        run=TaskRun((4, 8, 16, 32), 2_000, 128, OptimConfig(warmup_tokens=100), (4, 8, 16, 32, 64), test_sequences=512),
+        width=64,
+        layers=2,
+    ),
+    "small": Size(
+        tasks={"overwrite": Overwrite(keys=32, values=32, rewrites=3)},
+        memories=((1, 32),),
+        rates=(1e-2,),
+        seeds=1,
+        run=TaskRun((4,), 400, 32, OptimConfig(warmup_tokens=20)),
+        width=64,
+        layers=1,
+    ),
+}
+
+
+def grid(size: Size, tasks: list[str], mixers: list[str]) -> Iterator[Row]:
+    """The settings of every row, in the order in which they are measured."""
+    for seed, task, (heads, channels), rate, mixer in product(
+        range(size.seeds), tasks, size.memories, size.rates, mixers
+    ):
+        model = ModelConfig(
+            vocab_size=size.tasks[task].vocab_size, d_model=size.width, num_layers=size.layers,
+            mlp_width=size.width, num_heads=heads, key_dim=channels, value_dim=channels, **MIXERS[mixer],
+        )  # fmt: skip
+        run = replace(size.run, optim=replace(size.run.optim, lr=rate))
+        yield {
+            "experiment": "memory",
+            "task": task,
+            "task_settings": asdict(size.tasks[task]),  # type: ignore[call-overload]
+            "mixer": mixer,
+            "memory": [heads, channels, channels],
+            "lr": rate,
+            "seed": seed,
+            "model": asdict(model),
+            "run": asdict(run),
+        }
+
+
+def measure(setting: Row, size: Size, device: str) -> Row:
+    """The row of a setting."""
+    task = size.tasks[setting["task"]]
+    run = replace(size.run, optim=replace(size.run.optim, lr=setting["lr"]))
+    began = time.perf_counter()
+    result = train_task(ModelConfig(**setting["model"]), task, run, setting["seed"], device)
+    spent = {"seconds": time.perf_counter() - began}
+    return {"key": rows.key_of(setting), **setting, **result, **spent, "questions_sha256": questions(task, run, device)}
+
+
+def questions(task: SyntheticTask, run: TaskRun, device: str) -> str:
+    """A hash of the first test questions of every load."""
+    digest = hashlib.sha256()
+    for load in run.test_loads or run.loads:
+        drawn = task.draw(load, run.batch, torch.Generator(device).manual_seed(TEST_SEED))
+        for tensor in drawn:
+            digest.update(tensor.cpu().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--size", choices=SIZES, default="small")
+    parser.add_argument("--out", type=Path, help="rows; else experiments/results/memory-SIZE.jsonl")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument(
+        "--budget-seconds", type=float, default=float("inf"), help="no row but the first is begun after that"
+    )
+    parser.add_argument("--tasks", help="some of the size's tasks, comma-separated")
+    parser.add_argument("--mixers", default=",".join(USUAL), help=f"some of {', '.join(MIXERS)}")
+    parser.add_argument("--seeds", type=int, help="else the size's")
+    parser.add_argument("--steps", type=int, help="of each training; else the size's")
+    parser.add_argument("--batch", type=int, help="sequences a step; else the size's")
+    parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32")
+    parser.add_argument("--dry-run", action="store_true", help="count the rows, measured and missing")
+    parser.add_argument("--summary", action="store_true", help="show the rows there are, measure none")
+    options = parser.parse_args(arguments)
+    size = SIZES[options.size]
+    changes = {name: getattr(options, name) for name in ("steps", "batch") if getattr(options, name)}
+    size = replace(size, run=replace(size.run, precision=options.precision, **changes))
+    size = replace(size, seeds=options.seeds or size.seeds)
+    tasks, mixers = options.tasks.split(",") if options.tasks else list(size.tasks), options.mixers.split(",")
+    for names, known in ((tasks, size.tasks), (mixers, MIXERS)):
+        for name in names:
+            if name not in known:
+                parser.error(f"{name!r}; expected some of {', '.join(known)}")
+    out = options.out or Path(__file__).parent / "results" / f"memory-{options.size}.jsonl"
+    wanted = [(rows.key_of(setting), setting) for setting in grid(size, tasks, mixers)]
+    measured = rows.read(out)
+    missing = [setting for key, setting in wanted if key not in measured]
+    print(f"{len(wanted)} rows, {len(missing)} missing in {out}", flush=True)
+    if not (options.dry_run or options.summary):
+        measure_all(missing, size, options.device, out, options.budget_seconds)
+        measured = rows.read(out)
+    if not options.dry_run:
+        print(table(summarise([measured[key] for key, _ in wanted if key in measured])))
+
+
+def measure_all(settings: list[Row], size: Size, device: str, out: Path, budget: float) -> None:
+    about = {"code": rows.code(), **rows.machine(device)}
+    began = time.perf_counter()
+    for number, setting in enumerate(settings, 1):
+        spent = time.perf_counter() - began
+        if number > 1 and spent > budget:
+            print(f"budget of {budget:.0f} s spent; the same command goes on with {len(settings) - number + 1} rows")
+            return
+        row = measure(setting, size, device) | about
+        rows.append(out, row)
+        found = " ".join(f"{entry['load']}:{entry['accuracy']:.3f}" for entry in row["by_load"])
+        name = f"{row['task']} {row['mixer']} {row['memory']} lr {row['lr']:g} seed {row['seed']}"
+        print(f"[{number}/{len(settings)}, {spent + row['seconds']:.0f} s] {name}: {found}", flush=True)
+
+
+if __name__ == "__main__":
+    main()
