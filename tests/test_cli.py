@@ -329,7 +329,7 @@ def test_prepare_of_mixed_in_documents_alone(tmp_path):
         (["none.yaml"], "configuration 'none.yaml' cannot be read"),
         (["--resume"], "config.yaml' cannot be read"),
         (["--resume", "--preset", "gdn2-tiny"], "--resume takes the run's own configuration"),
-        (["--preset", "gdn3"], "preset is 'gdn3'; expected one of"),
+        (["--preset", "gdn3"], "preset is 'gdn3'; expected KIND-SIZE"),
         (["--preset", "gdn2-tiny", "model.depth=3"], "unknown key model.depth"),
         (["--preset", "gdn2-tiny", "model=3"], "model is 3; expected a mapping"),
         (["--preset", "gdn2-tiny", "optim.lr=[1"], "override 'optim.lr=[1' is not YAML"),
@@ -366,9 +366,10 @@ def test_train_refuses_before_anything_is_written(tmp_path, capsys, arguments, m
         ),
         (["generate", "RUN", "--prompt", "a", "--temperature", "0", "--draft", "no"], "'no' holds no checkpoint"),
         (["plot", "nowhere"], "'nowhere' holds no metrics.jsonl"),
-        (["info", "gdn3"], "preset is 'gdn3'; expected one of"),
+        (["info", "gdn3"], "preset is 'gdn3'; expected KIND-SIZE"),
+        (["info", "nowhere/run"], "model is 'nowhere/run'; expected a preset, or the folder of a run"),
         (["info", "gdn2-tiny", "--context", "0"], "context is 0"),
-        (["info", "gdn3", "--compare"], "preset is 'gdn3'; expected one of"),
+        (["info", "gdn3", "--compare"], "preset is 'gdn3'; expected KIND-SIZE"),
     ],
 )
 def test_bad_input_is_one_line(run, capsys, arguments, message):

@@ -127,5 +127,9 @@ def test_the_documented_comparison_is_the_current_one() -> None:
 
 
 def test_an_unknown_name_is_answered_with_the_known_ones() -> None:
-    with pytest.raises(ValueError, match=r"preset is 'gdn3'; expected one of gdn2-1\.3b, gdn2-hybrid-1\.3b, .*tiny"):
-        preset("gdn3")
+    with pytest.raises(
+        ValueError, match=r"'gdn2-1b'; expected KIND-SIZE, such as gdn2-1\.3b, .* with KIND .* SIZE .* tiny"
+    ):
+        preset("gdn2-1b")
+    with pytest.raises(ValueError, match=r"'gpt'; expected KIND-SIZE, with KIND one of gdn2, gdn2-hybrid, kda"):
+        preset("gpt")

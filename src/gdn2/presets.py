@@ -5,6 +5,7 @@ their MLPs, as many parameters in their blocks, which is what a size is called a
 everything). Mamba's memories are four times the heads with half the channels (91).
 """
 
+from difflib import get_close_matches
 from typing import Any
 
 from gdn2.config import ConfigError, ModelConfig
@@ -89,5 +90,9 @@ def of_same_size(name: str) -> dict[str, ModelConfig]:
 def preset(name: str) -> ModelConfig:
     """The configuration of a named model. ConfigError, a ValueError, for a name that is not in the table."""
     if name not in _MODELS:
-        raise ConfigError(f"preset is {name!r}; expected one of {', '.join(_MODELS)}")
+        kinds, sizes = (dict.fromkeys(part) for part in zip(*(known.rsplit("-", 1) for known in _MODELS)))
+        near = get_close_matches(name, _MODELS, n=3)
+        hint = f", such as {', '.join(near)}" if near else ""
+        parts = f"KIND one of {', '.join(kinds)} and SIZE one of {', '.join(sizes)}"
+        raise ConfigError(f"preset is {name!r}; expected KIND-SIZE{hint}, with {parts}")
     return _MODELS[name]

@@ -34,6 +34,8 @@ def info(
         typer.echo(table(of_same_size(model), context))
         typer.echo(f"for sequences of {context:,} tokens; a cache is a whole state in bytes, of a model in bfloat16")
         return
+    if "/" in model and not Path(model).is_dir():
+        raise ValueError(f"model is {model!r}; expected a preset, or the folder of a run, and there is no such folder")
     config = read_config(find_checkpoint(model)).model if Path(model).is_dir() else preset(model)
     costs = describe(config, context)
     for name, value in (
