@@ -21,14 +21,14 @@ def selftest(
 
     if not torch.cuda.is_available():
         raise ValueError("gdn2 selftest checks the kernels on a GPU, and torch finds none here")
-    from gdn2.ops.kernels import selftest as checks
-    from gdn2.ops.kernels import tune as tuning
     from gdn2.ops.kernels import verdicts
+    from gdn2.selftest import check
+    from gdn2.selftest import tune as tuning
 
     device = torch.device("cuda", torch.cuda.current_device())
     typer.echo(f"{torch.cuda.get_device_name(device)}: relative L2 errors against float64, the worst head of each case")
     found = []
-    for finding in checks.selftest(device, quick, jobs):
+    for finding in check.selftest(device, quick, jobs):
         found.append(finding)
         numbers = [f"{x:8.1e}" if x is not None else "     -  " for x in (finding.output, finding.gradient)]
         verdict = f"WRONG: {finding.wrong}" if finding.wrong else "ok"

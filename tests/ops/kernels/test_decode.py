@@ -4,7 +4,7 @@ import pytest
 import torch
 from operands import assert_close
 
-from gdn2.layers import GatedDeltaNet2
+from gdn2.layers import DeltaState, GatedDeltaNet2
 from gdn2.ops.kernels import decode
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -51,7 +51,7 @@ class Step:
         decay.projection.forward, layer.gates.erase.forward, layer.gates.write.forward = map(fixed, token[3:6])
         layer.output_gate.forward = fixed(token[6])
         x = torch.zeros(token[0].shape[0], 1, 8, dtype=torch.float64)
-        y, state = layer(x, decode.State(*(t.double().cpu() for t in self.state)))
+        y, state = layer(x, DeltaState(*(t.double().cpu() for t in self.state)))
         return dict(zip(NAMES, (y.squeeze(1), *state)))
 
     def hold(self):

@@ -1,7 +1,7 @@
 """Which configuration is fastest on this GPU? On request only; what wins and is right is kept with the verdicts.
 
 Fields of a configuration are tried one after the other, each trial in a process of its own
-(`python -m gdn2.ops.kernels.tune NAME VALUES`), which times forward and backward and holds the trial to float64.
+(`python -m gdn2.selftest.tune NAME VALUES`), which times forward and backward and holds the trial to float64.
 """
 
 import json
@@ -14,10 +14,11 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from gdn2.ops.kernels import selftest, verdicts
+from gdn2.ops.kernels import verdicts
 from gdn2.ops.kernels.configs import named_config, shared_memory, using
 from gdn2.ops.kernels.tables import Config
 from gdn2.ops.rules import gated_delta_rule_2
+from gdn2.selftest import check
 
 SHAPE = 4, 2048, 16  # sequences, tokens, heads
 GAIN = 0.98  # of the time of the best so far, below which a trial wins
@@ -70,11 +71,11 @@ def tune(device: torch.device) -> Iterator[str]:
 def _trial(name: str, dtype: str, size: int, config: Config) -> float:
     """Milliseconds. SubprocessError when it fails, is wrong or does not end."""
     argument = json.dumps({"name": name, "dtype": dtype, "size": size, "config": asdict(config)})
-    command = [sys.executable, "-m", "gdn2.ops.kernels.tune", argument]
+    command = [sys.executable, "-m", "gdn2.selftest.tune", argument]
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=selftest.TIMEOUT, check=False)
+        done = subprocess.run(command, capture_output=True, text=True, timeout=check.TIMEOUT, check=False)
     except subprocess.TimeoutExpired:
-        raise subprocess.SubprocessError(f"no end within {selftest.TIMEOUT} s") from None
+        raise subprocess.SubprocessError(f"no end within {check.TIMEOUT} s") from None
     if done.returncode != 0:
         raise subprocess.SubprocessError((done.stderr.strip() or "failed").splitlines()[-1][:200])
     return float(done.stdout.splitlines()[-1])
@@ -82,8 +83,8 @@ def _trial(name: str, dtype: str, size: int, config: Config) -> float:
 
 def _checked_time(name: str, dtype: str, size: int, config: Config, device: torch.device) -> float:
     """Milliseconds. ValueError when the errors are beyond the self-test's bounds."""
-    output, gradient, worst = selftest.measure(selftest.Case(dtype, size, size), device, {name: config})
-    bounds = selftest.BOUNDS[dtype]
+    output, gradient, worst = check.measure(check.Case(dtype, size, size), device, {name: config})
+    bounds = check.BOUNDS[dtype]
     if not (output <= bounds[0] and gradient <= bounds[1]):
         raise ValueError(f"outputs are off by {output:.1e}, {worst} by {gradient:.1e}")
     q, k, v, erase, write = torch.randn(5, *SHAPE, size, device=device, dtype=getattr(torch, dtype)).unbind()

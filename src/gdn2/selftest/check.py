@@ -1,6 +1,6 @@
 """Is every configuration that this GPU can select right? Each is held to float64, outputs and all gradients.
 
-A case runs in a process of its own (`python -m gdn2.ops.kernels.selftest NUMBER`), so that one that crashes the GPU's
+A case runs in a process of its own (`python -m gdn2.selftest.check NUMBER`), so that one that crashes the GPU's
 context, or hangs, ends alone. `selftest` runs them side by side and keeps the verdict, by which the operator refuses
 what is wrong.
 """
@@ -276,7 +276,7 @@ def find(number: int, shared: int, run: Callable[[int], tuple[float, float, str]
 
 def _in_a_process(number: int) -> tuple[float, float, str]:
     """`measure` case `number` in a process of its own. SubprocessError when it does not end well."""
-    command = [sys.executable, "-m", "gdn2.ops.kernels.selftest", str(number)]
+    command = [sys.executable, "-m", "gdn2.selftest.check", str(number)]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT, check=False)
     except subprocess.TimeoutExpired:

@@ -9,7 +9,9 @@ import torch
 
 from gdn2.cli import main
 from gdn2.ops import gated_delta_rule_2
-from gdn2.ops.kernels import configs, launch, selftest, tables, tune, verdicts
+from gdn2.ops.kernels import configs, launch, tables, verdicts
+from gdn2.selftest import check as selftest
+from gdn2.selftest import tune
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 SMALL = selftest.Case("float32", 16, 16)
@@ -142,7 +144,7 @@ def test_the_command_needs_a_gpu(capsys):
 @pytest.mark.skipif(DEVICE.type == "cpu", reason="no CUDA device")
 @pytest.mark.parametrize("number", range(len(selftest.CASES)))
 def test_gpu_passes(number):
-    command = [sys.executable, "-m", "gdn2.ops.kernels.selftest", str(number)]
+    command = [sys.executable, "-m", "gdn2.selftest.check", str(number)]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     finding = found(lambda _: json.loads(done.stdout.splitlines()[-1]), number)
