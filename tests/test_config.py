@@ -115,7 +115,7 @@ def refused(assignment: str, message: str) -> None:
         ("optim.lr=[1", "override 'optim.lr=[1' is not YAML: while parsing a flow sequence"),
         ("optim.lr=2024-13-01", "override 'optim.lr=2024-13-01' is not YAML: month must be in 1..12"),
         ("preset=3", "preset is 3; expected the name of a model preset"),
-        ("preset=gpt", "preset is 'gpt'; expected one of"),
+        ("preset=gpt", "preset is 'gpt'; expected KIND-SIZE"),
         ("model.d_model", "override 'model.d_model'; expected key.sub=value"),
         ("=3", "override '=3'; expected key.sub=value"),
         ("seed=1 seed.x=3", "override 'seed.x=3': seed holds a value, not keys"),
