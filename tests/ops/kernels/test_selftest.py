@@ -132,6 +132,31 @@ def test_trials_change_one_kernel_each():
     assert all(getattr(config, field) != value for field, value in trials)
 
 
+def test_tuning_keeps_what_is_right_and_faster(monkeypatch):
+    refused = "float32, heads up to 256"
+    verdicts.save(DEVICE, verdicts.Verdict(True, {refused: "d k is off by 0.54"}))
+    (_, _, config), *_ = tables.CONFIGS[2]
+    monkeypatch.setattr(
+        tune, "named_config", lambda dtype, K, V, shared: (configs.named_config(dtype, K, V)[0], config)
+    )
+
+    def trial(name, dtype, size, tried):
+        if tried.value != config.value:
+            raise subprocess.SubprocessError("d q is off by 0.3")
+        return 2.0 - 0.5 * (tried.scan[2] == 2) - 0.001 * (tried.key != config.key)  # the last is within noise
+
+    monkeypatch.setattr(tune, "_trial", trial)
+    lines = "\n".join(tune.tune(DEVICE))
+    assert f"{refused}: refused by the self-test, not tuned" in lines
+    assert "d q is off by 0.3" in lines
+    verdict = verdicts.load(DEVICE)
+    assert verdict.wrong.keys() == {refused}
+    assert verdict.checked
+    best = selftest.replace(config, scan=(*config.scan[:2], 2))
+    tuned = ("bfloat16, heads up to 128", "bfloat16, heads up to 256", "float32, heads up to 128")
+    assert verdict.tuned == dict.fromkeys(tuned, best)
+
+
 @pytest.mark.skipif(DEVICE.type == "cuda", reason="there is a GPU")
 def test_the_command_needs_a_gpu(capsys):
     with pytest.raises(SystemExit) as leave:
