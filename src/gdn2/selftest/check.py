@@ -277,8 +277,10 @@ def find(number: int, shared: int, run: Callable[[int], tuple[float, float, str]
 def _in_a_process(number: int) -> tuple[float, float, str]:
     """`measure` case `number` in a process of its own. SubprocessError when it does not end well."""
     command = [sys.executable, "-m", "gdn2.selftest.check", str(number)]
+    # Several run at a time: with a thread for every core in each they would wait for one another.
+    environment = {"OMP_NUM_THREADS": "1", **os.environ}
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT, check=False)
+        done = subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT, check=False, env=environment)
     except subprocess.TimeoutExpired:
         raise subprocess.SubprocessError(f"no end within {TIMEOUT} s") from None
     if done.returncode != 0:

@@ -66,7 +66,7 @@ def test_packed_projections_match_float64():
 
 def test_extreme_projections_match_float64():
     """Gates at both ends of their range, and decays from none to hundreds of nats a token."""
-    held_to_float64(draw(size=100.0), bounds=(5e-6, 5e-5))  # the terms of d rate, 100 times larger, cancel
+    held_to_float64(draw(size=100.0), bounds=(5e-6, 1e-4))  # the terms of d rate, 100 times larger, cancel
 
 
 def test_a_zero_vector_has_finite_gradients():

@@ -1,20 +1,22 @@
 """Backward kernels: `scan_back` (chunks in reverse), `value_gradients` and `key_gradients` (all chunks in parallel).
 
-With dS' the gradient of the state after a chunk, equations (53-72) reduce to
+With dS' the gradient of the state after a chunk and the legend of `forward.py`, equations (53-72) reduce to
 
-    dR = A_qk^T dO + K_tail dS'      dS = gamma_C * dS' + Q^T dO - Y^T dR                          (scan; 54, 57)
-    dZ = A^T dR      dV = w * dZ      dW = v * dZ                                                  (64, 73-74)
+    dX = A_out^T dO + K_out dS'      dS = gamma_C * dS' + Q^T dO - E^T dX                  (scan; A^T of 54 and 57; 64)
+    dZ = dX    dV = w * dZ    dW = v * dZ                                                          (64, 73-74)
     dA_qk = tril(dO R^T)    -dT = tril(dZ R^T, -1)      (= tril(A^T dA A^T), since A^T dA A^T = dZ R^T)    (53, 66)
     dQ = gamma * (dO S^T) + ratios of dA_qk with k      dE = -gamma * (dZ S^T) + ratios of dT with k
     dK' = gamma_C/gamma * (R dS'^T) + ratios of dA_qk^T with q and of dT^T with e                  (55-72)
     dG_r = q dQ + e dE - k dK'    dg_i = sum_{r >= i} dG_r + gamma_C rowsum(dS' * S) + sum_r k_r dK_tail_r   (76-82)
 
-where "ratios of M with k" is, per channel, sum_s M_rs gamma_r/gamma_s k_s. The pair r = s carries no decay: it is left
-out of dG, where it would cancel, and added to dQ and dK' afterwards. Shapes and constants are those of `forward.py`.
+with R = A X, which is never formed: dO R^T = (dO X^T) A^T and R dS'^T = A (X dS'^T). "Ratios of M with k" are, per
+channel, sum_s M_rs gamma_r/gamma_s k_s. The pair r = s carries no decay: it is left out of dG, where it would cancel,
+and added to dQ and dK' afterwards. Shapes and constants are those of `forward.py`.
 
 With ACT the gradients are those of what the layer projected. The norms of q and k need <q, dq> and <k, dk> of each row.
 The output is linear in q, so <q, dq> = <o, dO>; the state after a token is linear in k for a given r = z - R, and r is
-linear in e, so <k, dk> = <R, dZ> - <Z - R, dZ>: sums over value channels, which `value_gradients` has at hand.
+linear in e, so <k, dk> = <R, dZ> - <Z - R, dZ>: sums over value channels, which `value_gradients` has at hand. <R, dZ>
+is the diagonal of dZ R^T.
 """
 
 # mypy: disable-error-code="no-untyped-def"
@@ -46,14 +48,14 @@ from gdn2.ops.kernels.tiles import (
 
 @triton.jit
 def scan_back(
-    Y_ptr, Q_ptr, K_tail_ptr, gamma_ptr, after_ptr, A_qk_ptr, do_ptr, dS_last_ptr,
-    dS_first_ptr, dS_ptr, dR_ptr,
+    E_ptr, Q_ptr, K_out_ptr, gamma_ptr, after_ptr, A_out_ptr, do_ptr, dS_last_ptr,
+    dS_first_ptr, dS_ptr, dZ_ptr,
     start_ptr, first_chunk_ptr,
     H: tl.constexpr, HV: tl.constexpr, K: tl.constexpr, V: tl.constexpr, KP: tl.constexpr, VP: tl.constexpr,
     C: tl.constexpr, BV: tl.constexpr, STAGES: tl.constexpr, DT: tl.constexpr, PREC: tl.constexpr,
     ERASE: tl.constexpr, FIRST: tl.constexpr, LAST: tl.constexpr,
 ):  # fmt: skip
-    """One sequence, one value head, BV value channels, last chunk first: dR and `after` * dS' of every chunk.
+    """One sequence, one value head, BV value channels, last chunk first: dZ = dX and `after` * dS' of every chunk.
 
     LAST says whether a gradient of the final state comes in, FIRST whether that of the initial state is wanted.
     """
@@ -77,32 +79,33 @@ def scan_back(
         key_unit, value_unit = chunk * H + head, chunk * HV + value_head
         token = start + (chunk - first) * C
         Q = tl.load((Q_ptr + key_unit * C * KP) + by_key)
-        A_qk = tl.load((A_qk_ptr + key_unit * C * C) + square)
-        K_tail = tl.load((K_tail_ptr + key_unit * C * KP) + by_key)
+        A_out = tl.load((A_out_ptr + key_unit * C * C) + square)
+        K_out = tl.load((K_out_ptr + key_unit * C * KP) + by_key)
         gamma = tl.load(gamma_ptr + key_unit * KP + keys)
         do = token_tile(do_ptr, token, rows, end - token, value_head, HV, V, cols).to(DT)
         after = tl.load(after_ptr + key_unit * KP + keys)
         tl.store((dS_ptr + value_unit * KP * VP) + by_state, (dS * after[:, None]).to(DT))
         dS_low = dS.to(DT)
-        dR = tl.dot(tl.trans(A_qk), do, product(K_tail, dS_low, DT, PREC), input_precision=PREC).to(DT)
-        tl.store((dR_ptr + value_unit * C * VP) + by_value, dR)
+        dX = tl.dot(tl.trans(A_out), do, product(K_out, dS_low, DT, PREC), input_precision=PREC).to(DT)
+        tl.store((dZ_ptr + value_unit * C * VP) + by_value, dX)
         dS = dS * gamma[:, None] + product(tl.trans(Q), do, DT, PREC)
         if ERASE:
-            Y = tl.load((Y_ptr + key_unit * C * KP) + by_key)
-            dS -= product(tl.trans(Y), dR, DT, PREC)
+            E = tl.load((E_ptr + key_unit * C * KP) + by_key)
+            dS -= product(tl.trans(E), dX, DT, PREC)
     if FIRST:
         tl.store((dS_first_ptr + first_state) + state, dS, mask=inside)
 
 
 @triton.jit
 def value_gradients(
-    v_ptr, w_ptr, o_ptr, do_ptr, dR_ptr, R_ptr, A_ptr,
+    v_ptr, w_ptr, o_ptr, do_ptr, dZ_ptr, X_ptr, A_ptr,
     dv_ptr, dw_ptr, dA_qk_ptr, diagonal_ptr, minus_dT_ptr, along_q_ptr, along_k_ptr,
     token_ptr, length_ptr, largest_write,
     H: tl.constexpr, HV: tl.constexpr, V: tl.constexpr, VP: tl.constexpr, DW: tl.constexpr,
-    C: tl.constexpr, BV: tl.constexpr, DT: tl.constexpr, PREC: tl.constexpr, ERASE: tl.constexpr, ACT: tl.constexpr,
+    C: tl.constexpr, BV: tl.constexpr, DT: tl.constexpr, PREC: tl.constexpr, SOLVE: tl.constexpr,
+    ERASE: tl.constexpr, ACT: tl.constexpr,
 ):  # fmt: skip
-    """One chunk of the value heads of one key head: dZ in the place of dR, dV, dW, and dA_qk and -dT summed.
+    """One chunk of the value heads of one key head: dV, dW, and dA_qk and -dT summed.
 
     dA_qk is stored without its diagonal, which goes to a vector of its own [M, H, C]. With ACT also <q, dq> and
     <k, dk>, of the same shape.
@@ -115,8 +118,6 @@ def value_gradients(
     rows = tl.arange(0, C)
     unit = tl.program_id(0).to(tl.int64)
     square = offsets(rows, rows, C)
-    if ERASE:
-        A_T = tl.trans(tl.load((A_ptr + unit * C * C) + square))
     dA_qk = tl.zeros((C, C), tl.float32)
     minus_dT = tl.zeros((C, C), tl.float32)
     along_q = tl.zeros((C,), tl.float32)
@@ -129,19 +130,17 @@ def value_gradients(
             value_unit = chunk.to(tl.int64) * HV + value_head
             tile = offsets(rows, cols, VP)
             do = token_tile(do_ptr, token, rows, n, value_head, HV, V, cols).to(DT)
-            R = tl.load((R_ptr + value_unit * C * VP) + tile)
-            dA_qk = tl.dot(do, tl.trans(R), dA_qk, input_precision=PREC)
-            dR = tl.load((dR_ptr + value_unit * C * VP) + tile)
-            dZ = dR.to(tl.float32)
+            X = tl.load((X_ptr + value_unit * C * VP) + tile)
+            dA_qk = tl.dot(do, tl.trans(X), dA_qk, input_precision=PREC)
+            dZ = tl.load((dZ_ptr + value_unit * C * VP) + tile)
             if ERASE:
-                dZ = product(A_T, dR, DT, PREC)
-                minus_dT = tl.dot(dZ.to(DT), tl.trans(R), minus_dT, input_precision=PREC)
-                tl.debug_barrier()  # every thread has read its part of dR
-                tl.store((dR_ptr + value_unit * C * VP) + tile, dZ.to(DT))
+                minus_dT = tl.dot(dZ, tl.trans(X), minus_dT, input_precision=PREC)
+            dZ = dZ.to(tl.float32)
             if ACT:
                 o = token_tile(o_ptr, token, rows, n, value_head, HV, V, cols)
                 along_q += tl.sum(o * do.to(tl.float32), 1)
-                along_k += tl.sum(R.to(tl.float32) * dZ, 1) * (2.0 if ERASE else 1.0)
+                if not ERASE:
+                    along_k += tl.sum(X.to(tl.float32) * dZ, 1)
             if DW == 0 and not (ACT and ERASE):
                 store_token_tile(dv_ptr, dZ, token, rows, n, value_head, HV, V, cols)
             else:
@@ -162,11 +161,16 @@ def value_gradients(
             w = opened(tl.load(w_ptr + at, mask=rows < n, other=0.0).to(tl.float32), largest_write, DT, ACT)
             dw_shared = opened_gradient(dw_shared, w, largest_write, ACT)
             tl.store(dw_ptr + at, dw_shared.to(dw_ptr.dtype.element_ty), mask=rows < n)
-    below = rows[:, None] > rows[None, :]
-    tl.store((dA_qk_ptr + unit * C * C) + square, tl.where(below, dA_qk, 0.0).to(DT))
-    tl.store(diagonal_ptr + unit * C + rows, tl.sum(tl.where(rows[:, None] == rows[None, :], dA_qk, 0.0), 1))
+    below, diagonal = rows[:, None] > rows[None, :], rows[:, None] == rows[None, :]
     if ERASE:
+        A_T = tl.trans(tl.load((A_ptr + unit * C * C) + square).to(tl.float32))
+        dA_qk = tl.dot(dA_qk, A_T, input_precision=SOLVE)
+        minus_dT = tl.dot(minus_dT, A_T, input_precision=SOLVE)
+        if ACT:
+            along_k += 2.0 * tl.sum(tl.where(diagonal, minus_dT, 0.0), 1)
         tl.store((minus_dT_ptr + unit * C * C) + square, tl.where(below, minus_dT, 0.0).to(DT))
+    tl.store((dA_qk_ptr + unit * C * C) + square, tl.where(below, dA_qk, 0.0).to(DT))
+    tl.store(diagonal_ptr + unit * C + rows, tl.sum(tl.where(diagonal, dA_qk, 0.0), 1))
     if ACT:
         tl.store(along_q_ptr + unit * C + rows, along_q)
         tl.store(along_k_ptr + unit * C + rows, along_k)
@@ -248,8 +252,8 @@ def _state_overlap(
 
 @triton.jit
 def key_gradients(
-    q_ptr, k_ptr, g_ptr, b_ptr, rate_ptr, delta_ptr, do_ptr, dZ_ptr, R_ptr, S_ptr, dS_ptr, dA_qk_ptr, diagonal_ptr,
-    minus_dT_ptr, along_q_ptr, along_k_ptr,
+    q_ptr, k_ptr, g_ptr, b_ptr, rate_ptr, delta_ptr, do_ptr, dZ_ptr, X_ptr, A_ptr, S_ptr, dS_ptr, dA_qk_ptr,
+    diagonal_ptr, minus_dT_ptr, along_q_ptr, along_k_ptr,
     dq_ptr, dk_ptr, dg_ptr, db_ptr, drate_ptr, ddelta_ptr,
     token_ptr, length_ptr, strong_ptr, scale, largest_erase, eps,
     H: tl.constexpr, HV: tl.constexpr, K: tl.constexpr, V: tl.constexpr, KP: tl.constexpr, VP: tl.constexpr,
@@ -306,9 +310,11 @@ def key_gradients(
         q = token_tile(q_ptr, token, rows, n, head, H, K, keys) * (shorter_q * scale)
         dA_qk = tl.load(dA_qk_ptr + square)
         dk = _times_state(
-            tl.zeros((C, BK), tl.float32), R_ptr, dS_ptr, chunk, head, keys, rows, n, token,
+            tl.zeros((C, BK), tl.float32), X_ptr, dS_ptr, chunk, head, keys, rows, n, token,
             HV, GROUP, V, KP, VP, C, BV, DT, PREC, False,
         )  # fmt: skip
+        if ERASE:
+            dk = product(tl.load((A_ptr + unit * C * C) + square), dk, DT, PREC)
         early = exp(early_sum, DT) if STRONG else inverse_exp_anew(late_sum, DT)
         decayed += tl.sum(tl.where(decays, k * early * dk, 0.0), 0)
         if STRONG:
@@ -342,8 +348,8 @@ def key_gradients(
             if STRONG:
                 minus_de = minus_de * exp(late_sum, DT) - near_e
             else:
-                k_early = (k * inverse_exp_anew(late_sum, DT)).to(DT)
-                minus_de = tl.dot(minus_dT, k_early, minus_de, input_precision=PREC) * exp_anew(late_sum, DT)
+                minus_de += add_up(minus_dT, k * inverse_exp_anew(late_sum, DT), DT, PREC)
+                minus_de *= exp_anew(late_sum, DT)
             b = opened(gate_tile(b_ptr, token, rows, n, head, H, DB, keys, 0.0), largest_erase, DT, ACT)
             dk -= b * minus_de
             db = -k * minus_de
@@ -369,8 +375,7 @@ def key_gradients(
         if STRONG:
             dq = dq * exp(late_sum, DT) + near_q
         else:
-            k_early = (k * inverse_exp_anew(late_sum, DT)).to(DT)
-            dq = tl.dot(dA_qk, k_early, dq, input_precision=PREC) * exp_anew(late_sum, DT)
+            dq = (dq + add_up(dA_qk, k * inverse_exp_anew(late_sum, DT), DT, PREC)) * exp_anew(late_sum, DT)
         q = token_tile(q_ptr, token, rows, n, head, H, K, keys) * (shorter_q * scale)
         dG += q * dq
         dq = (dq + diagonal * k) * scale

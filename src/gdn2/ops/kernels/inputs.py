@@ -74,3 +74,14 @@ def opened(x, largest, DT: tl.constexpr, ACT: tl.constexpr):
 def opened_gradient(dy, y, largest, ACT: tl.constexpr):
     """Of what was loaded, from those of the gate y."""
     return dy * y * (1.0 - y * (1.0 / largest)) if ACT else dy
+
+
+@triton.jit
+def written(
+    v_ptr, w_ptr, token, rows, n, value_head, cols, largest_write,
+    HV: tl.constexpr, V: tl.constexpr, DW: tl.constexpr, DT: tl.constexpr, ACT: tl.constexpr,
+):  # fmt: skip
+    """Z = w * v."""
+    v = token_tile(v_ptr, token, rows, n, value_head, HV, V, cols)
+    w = gate_tile(w_ptr, token, rows, n, value_head, HV, DW, cols, 1.0)
+    return v * opened(w, largest_write, DT, ACT and DW != 0)

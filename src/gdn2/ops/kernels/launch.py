@@ -33,22 +33,22 @@ GIVEN = Activation(None, None, 1.0, 1.0)
 
 
 class Residuals(NamedTuple):
-    """What the backward reads, by chunk and head, M by segment; Y and A empty without erasing, M without segments."""
+    """What the backward reads, by chunk and head, M by segment; E and A empty without erasing, M without segments."""
 
     S: Tensor
-    R: Tensor
+    X: Tensor
     Q: Tensor
-    K_tail: Tensor
+    K_out: Tensor
     gamma: Tensor
     after: Tensor
-    A_qk: Tensor
+    A_out: Tensor
     strong: Tensor
-    Y: Tensor
+    E: Tensor
     A: Tensor
     M: Tensor
 
 
-USED_BY_SCAN = ("Q", "K_tail", "gamma", "A_qk", "strong", "Y", "M")
+USED_BY_SCAN = ("Q", "K_out", "gamma", "A_out", "strong", "E", "M")
 
 
 def residual_specs(
@@ -90,7 +90,6 @@ def _launches(log_decay: Tensor | None) -> tuple[bool, ...]:
 
 def _before_segments(
     kept: Residuals,
-    U: Tensor,
     initial_state: Tensor | None,
     segments: Segments,
     config: Config,
@@ -99,13 +98,13 @@ def _before_segments(
 ) -> Tensor:
     """The state before each segment [S, HV, K, V] float32; fills kept.M."""
     S = len(segments.spans.start) - 1
-    N = U.new_empty(S, s.HV, s.K, s.V, dtype=torch.float32)
+    N = kept.M.new_empty(S, s.HV, s.K, s.V)
     before = torch.empty_like(N)
     BV, warps, stages = config.scan
     for out, HV, D, DP, linear in ((kept.M, s.H, s.K, s.KP, True), (N, s.HV, s.V, s.VP, False)):
         run(
             map_segments, S * HV * (DP // min(DP, BV)),
-            (kept.Y, kept.K_tail, kept.gamma, U, out, segments.spans.first),
+            (kept.E, kept.K_out, kept.gamma, kept.X, out, segments.spans.first),
             (s.H, HV, D, s.K, s.KP, DP, s.C, min(DP, BV), stages, s.DT, s.PREC, erase, linear),
             warps, stages,
         )  # fmt: skip
@@ -129,7 +128,7 @@ def _after_segments(
     BV, warps, stages = min(s.VP, config.scan[0]), *config.scan[1:]
     run(
         map_segments_back, S * s.HV * (s.VP // BV),
-        (kept.Y, kept.Q, kept.K_tail, kept.gamma, kept.A_qk, do, N, *segments.spans),
+        (kept.E, kept.Q, kept.K_out, kept.gamma, kept.A_out, do, N, *segments.spans),
         (s.H, s.HV, s.K, s.V, s.KP, s.VP, s.C, BV, stages, s.DT, s.PREC, erase),
         warps, stages,
     )  # fmt: skip
@@ -162,44 +161,43 @@ def forward(
     M, N = chunk_count(k, cu_seqlens, s.C), sequence_count(k, cu_seqlens)
     chunks, spans, segments = locate(k, cu_seqlens, s.C, segment_length(config, M, N, s))
     q, k, v, log_decay, erase, write, initial_state = _dense(q, k, v, log_decay, erase, write, initial_state)
+    ready = save_for_backward or segments is not None
+    needed = Residuals._fields if save_for_backward else USED_BY_SCAN + ("X",) * ready
     specs = zip(Residuals._fields, residual_specs(k, v, erase, cu_seqlens))
     kept = Residuals(
         **{
-            name: torch.empty(shape if save_for_backward or name in USED_BY_SCAN else 0, dtype=dtype, device=v.device)
+            name: torch.empty(shape if name in needed else 0, dtype=dtype, device=v.device)
             for name, (shape, dtype) in specs
         }
     )
     before = torch.empty_like(kept.gamma)
-    # Without erasing R is U.
-    by_value = (M, s.HV, s.C, s.VP)
-    in_place = erase is None and save_for_backward
-    U = kept.R if in_place else torch.empty(by_value, dtype=s.buffer, device=v.device)
 
     for strong in _launches(log_decay):
         BK, BV, warps, stages = config.strong_prepare if strong else config.prepare
         run(
             prepare_chunks, M * s.H,
-            (q, k, v, log_decay, erase, write, a.rate, a.delta, kept.Y, kept.Q, kept.K_tail, kept.gamma, before,
-             kept.after, U, kept.A, kept.A_qk, chunks.token, chunks.length, kept.strong, scale,
+            (q, k, v, log_decay, erase, write, a.rate, a.delta, kept.E, kept.Q, kept.K_out, kept.gamma, before,
+             kept.after, kept.X, kept.A, kept.A_out, chunks.token, chunks.length, kept.strong, scale,
              a.largest_erase, a.largest_write, L2_EPS),
             (s.H, s.HV, s.K, s.V, s.KP, s.VP, _last(log_decay), _last(erase), _last(write), s.C, s.LOG_C,
              min(s.KP, BK), min(s.VP, BV), s.RANGE, s.DT, s.PREC, s.SOLVE, save_for_backward, activation is not None,
-             strong),
+             ready, strong),
             warps, stages,
         )  # fmt: skip
     o = torch.empty_like(v)
     state = initial_state
     if segments is not None:
-        state = _before_segments(kept, U, initial_state, segments, config, s, erase is not None)
+        state = _before_segments(kept, initial_state, segments, config, s, erase is not None)
         spans = segments.spans
     S = len(spans.start) - 1
     final = torch.empty(S, s.HV, s.K, s.V, device=v.device) if output_final_state else None
     BV, warps, stages = scan_tile(config, S, s)
     run(
         scan_chunks, S * s.HV * (s.VP // BV),
-        (kept.Y, kept.Q, kept.K_tail, kept.gamma, before, U, kept.A_qk, state, o, final, kept.S, kept.R, *spans),
-        (s.H, s.HV, s.K, s.V, s.KP, s.VP, s.C, BV, stages, s.DT, s.PREC, erase is not None,
-         state is not None, output_final_state, save_for_backward),
+        (v, write, kept.E, kept.Q, kept.K_out, kept.gamma, before, kept.X, kept.A_out, state, o, final, kept.S, *spans,
+         a.largest_write),
+        (s.H, s.HV, s.K, s.V, s.KP, s.VP, _last(write), s.C, BV, stages, s.DT, s.PREC, erase is not None,
+         state is not None, output_final_state, save_for_backward, activation is not None, ready),
         warps, stages,
     )  # fmt: skip
     if final is not None and segments is not None:
@@ -223,7 +221,7 @@ def backward(
     M, N = chunk_count(k, cu_seqlens, s.C), sequence_count(k, cu_seqlens)
     chunks, spans, segments = locate(k, cu_seqlens, s.C, segment_length(config, M, N, s))
     do, dfinal_state, q, k, v, log_decay, erase, write = _dense(do, dfinal_state, q, k, v, log_decay, erase, write)
-    dS, dR, dA_qk, minus_dT = (torch.empty_like(x) for x in (kept.S, kept.R, kept.A_qk, kept.A))
+    dS, dZ, dA_qk, minus_dT = (torch.empty_like(x) for x in (kept.S, kept.X, kept.A_out, kept.A))
     dq, dk, dv, dg, db, dw = (
         None if x is None else torch.empty_like(x, memory_format=torch.contiguous_format)
         for x in (q, k, v, log_decay, erase, write)
@@ -245,7 +243,7 @@ def backward(
     BV, warps, stages = scan_tile(config, S, s)
     run(
         scan_back, S * s.HV * (s.VP // BV),
-        (kept.Y, kept.Q, kept.K_tail, kept.gamma, kept.after, kept.A_qk, do, dstate, dS_first, dS, dR, *spans),
+        (kept.E, kept.Q, kept.K_out, kept.gamma, kept.after, kept.A_out, do, dstate, dS_first, dS, dZ, *spans),
         (s.H, s.HV, s.K, s.V, s.KP, s.VP, s.C, BV, stages, s.DT, s.PREC, erase is not None,
          initial_state is not None, dstate is not None),
         warps, stages,
@@ -255,18 +253,19 @@ def backward(
     BV, warps, stages = config.value
     run(
         value_gradients, M * s.H,
-        (v, write, o, do, dR, kept.R, kept.A, dv, dw, dA_qk, diagonal,
+        (v, write, o, do, dZ, kept.X, kept.A, dv, dw, dA_qk, diagonal,
          minus_dT, along_q, along_k, chunks.token, chunks.length, a.largest_write),
-        (s.H, s.HV, s.V, s.VP, _last(write), s.C, min(s.VP, BV), s.DT, s.PREC, erase is not None, act),
+        (s.H, s.HV, s.V, s.VP, _last(write), s.C, min(s.VP, BV), s.DT, s.PREC, s.SOLVE, erase is not None,
+         act),
         warps, stages,
     )  # fmt: skip
     for strong in _launches(log_decay):
         BK, BV, warps, stages = config.strong_key if strong else config.key
         run(
             key_gradients, M * s.H * (s.KP // span),
-            (q, k, log_decay, erase, a.rate, a.delta, do, dR, kept.R, kept.S, dS, dA_qk, diagonal, minus_dT, along_q,
-             along_k, dq, dk, dg, db, drate, ddelta, chunks.token, chunks.length, kept.strong, scale, a.largest_erase,
-             L2_EPS),
+            (q, k, log_decay, erase, a.rate, a.delta, do, dZ, kept.X, kept.A, kept.S, dS, dA_qk, diagonal, minus_dT,
+             along_q, along_k, dq, dk, dg, db, drate, ddelta, chunks.token, chunks.length, kept.strong, scale,
+             a.largest_erase, L2_EPS),
             (s.H, s.HV, s.K, s.V, s.KP, s.VP, _last(log_decay), _last(erase), s.C, s.LOG_C,
              span, min(span, BK), min(s.VP, BV), s.RANGE, s.DT, s.PREC, act, strong),
             warps, stages,

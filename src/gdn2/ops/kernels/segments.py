@@ -1,6 +1,6 @@
 """Kernels for few long sequences: cut into segments, whose scans run side by side once the states between are known.
 
-A segment takes the state S before it to M S + N, with M the product of its chunks' diag(gamma_C) - K_tail^T Y and N the
+A segment takes the state S before it to M S + N, with M the product of its chunks' diag(gamma_C) - K_out^T E and N the
 state that it reaches from zero. `map_segments` finds both for all segments at once, `fold_segments` runs through them
 and stores the state before each. Backward the gradient of the state after a segment goes to M^T dS' + N', with N' found
 by `map_segments_back`; the same M serves.
@@ -16,7 +16,7 @@ from gdn2.ops.kernels.tiles import offsets, product, token_tile
 
 @triton.jit
 def map_segments(
-    Y_ptr, K_tail_ptr, gamma_ptr, U_ptr, out_ptr, first_chunk_ptr,
+    E_ptr, K_out_ptr, gamma_ptr, Z_ptr, out_ptr, first_chunk_ptr,
     H: tl.constexpr, HV: tl.constexpr, D: tl.constexpr, K: tl.constexpr, KP: tl.constexpr, DP: tl.constexpr,
     C: tl.constexpr, BV: tl.constexpr, STAGES: tl.constexpr, DT: tl.constexpr, PREC: tl.constexpr,
     ERASE: tl.constexpr, LINEAR: tl.constexpr,
@@ -35,26 +35,26 @@ def map_segments(
         S += tl.where(keys[:, None] == cols[None, :], 1.0, 0.0)
     for step in tl.range(0, last - first, num_stages=STAGES):
         unit = (first.to(tl.int64) + step) * H + head
-        K_tail = tl.load((K_tail_ptr + unit * C * KP) + by_key)
+        K_out = tl.load((K_out_ptr + unit * C * KP) + by_key)
         gamma = tl.load(gamma_ptr + unit * KP + keys)
         if LINEAR:
-            R = tl.zeros((C, BV), tl.float32)
+            X = tl.zeros((C, BV), tl.float32)
         else:
-            U = tl.load((U_ptr + ((first.to(tl.int64) + step) * HV + out_head) * C * DP) + offsets(rows, cols, DP))
-            R = U.to(tl.float32)
+            Z = tl.load((Z_ptr + ((first.to(tl.int64) + step) * HV + out_head) * C * DP) + offsets(rows, cols, DP))
+            X = Z.to(tl.float32)
         if ERASE:
-            Y = tl.load((Y_ptr + unit * C * KP) + by_key)
-            R -= product(Y, S, DT, PREC)
+            E = tl.load((E_ptr + unit * C * KP) + by_key)
+            X -= product(E, S, DT, PREC)
         S = S * gamma[:, None]
         if ERASE or not LINEAR:
-            S += product(tl.trans(K_tail), R, DT, PREC)
+            S += product(tl.trans(K_out), X, DT, PREC)
     inside = (keys[:, None] < K) & (cols[None, :] < D)
     tl.store(out_ptr + (segment.to(tl.int64) * HV + out_head) * K * D + offsets(keys, cols, D), S, mask=inside)
 
 
 @triton.jit
 def map_segments_back(
-    Y_ptr, Q_ptr, K_tail_ptr, gamma_ptr, A_qk_ptr, do_ptr, out_ptr, start_ptr, first_chunk_ptr,
+    E_ptr, Q_ptr, K_out_ptr, gamma_ptr, A_out_ptr, do_ptr, out_ptr, start_ptr, first_chunk_ptr,
     H: tl.constexpr, HV: tl.constexpr, K: tl.constexpr, V: tl.constexpr, KP: tl.constexpr, VP: tl.constexpr,
     C: tl.constexpr, BV: tl.constexpr, STAGES: tl.constexpr, DT: tl.constexpr, PREC: tl.constexpr,
     ERASE: tl.constexpr,
@@ -79,11 +79,11 @@ def map_segments_back(
         dS_low = dS.to(DT)
         dS = dS * gamma[:, None] + product(tl.trans(Q), do, DT, PREC)
         if ERASE:
-            Y = tl.load((Y_ptr + unit * C * KP) + by_key)
-            A_qk = tl.load((A_qk_ptr + unit * C * C) + offsets(rows, rows, C))
-            dR = product(tl.load((K_tail_ptr + unit * C * KP) + by_key), dS_low, DT, PREC)
-            dR = tl.dot(tl.trans(A_qk), do, dR, input_precision=PREC)
-            dS -= product(tl.trans(Y), dR, DT, PREC)
+            E = tl.load((E_ptr + unit * C * KP) + by_key)
+            A_out = tl.load((A_out_ptr + unit * C * C) + offsets(rows, rows, C))
+            dX = product(tl.load((K_out_ptr + unit * C * KP) + by_key), dS_low, DT, PREC)
+            dX = tl.dot(tl.trans(A_out), do, dX, input_precision=PREC)
+            dS -= product(tl.trans(E), dX, DT, PREC)
     inside = (keys[:, None] < K) & (cols[None, :] < V)
     tl.store(out_ptr + (segment.to(tl.int64) * HV + value_head) * K * V + offsets(keys, cols, V), dS, mask=inside)
 

@@ -35,7 +35,7 @@ class Config:
 # By bytes of an operand: (largest padded head size, bytes of shared memory needed, configuration), first match.
 CONFIGS = {
     2: (
-        (128, H100_SHARED, Config(64, (64, 64, 4, 2), (64, 64, 4, 1), (64, 4, 3), (32, 4, 3), (64, 4, 1),
+        (128, H100_SHARED, Config(64, (64, 64, 4, 2), (64, 64, 4, 1), (64, 4, 3), (32, 4, 3), (128, 4, 1),
                                   (64, 64, 4, 1), (64, 64, 4, 1))),
         (128, LEAST_SHARED, Config(64, (64, 64, 4, 2), (64, 64, 4, 1), (64, 4, 2), (32, 4, 2), (64, 4, 1),
                                    (64, 64, 4, 1), (64, 64, 4, 1))),
