@@ -204,6 +204,8 @@ class TrainConfig:
     log_every: int = opt(10, "steps between metric rows")
     checkpoint_every: int = opt(200, "steps between checkpoints; one is always written at the end")
     keep_last: int = opt(2, "checkpoints kept; older ones are deleted after a newer one is safe")
+    keep_every: int = opt(0, "steps between milestones: checkpoints never deleted; a multiple of checkpoint_every")
+    background_checkpoints: bool = opt(False, "several processes: write checkpoints while training goes on")
     max_bad_steps: int = opt(10, "non-finite steps in a row after which training stops with an error")
 
     def __post_init__(self) -> None:
@@ -211,10 +213,45 @@ class TrainConfig:
         for name in ("tokens", "batch_tokens", "micro_batch", "eval_tokens", "sample_tokens", "log_every", "keep_last",
                      "max_bad_steps"):  # fmt: skip
             require(getattr(self, name) >= 1, f"train.{name}", getattr(self, name), "an integer >= 1")
-        for name in ("eval_every", "sample_every", "checkpoint_every"):
+        for name in ("eval_every", "sample_every", "checkpoint_every", "keep_every"):
             require(getattr(self, name) >= 0, f"train.{name}", getattr(self, name), "an integer >= 0")
+        require(
+            self.keep_every == 0 or (self.checkpoint_every > 0 and self.keep_every % self.checkpoint_every == 0),
+            "train.keep_every", self.keep_every, f"a multiple of train.checkpoint_every ({self.checkpoint_every})",
+        )  # fmt: skip
         check_device("train.device", self.device)
         require(self.precision in ("auto", "fp32", "bf16"), "train.precision", self.precision, "auto, fp32 or bf16")
+
+
+@dataclass(frozen=True)
+class ParallelConfig:
+    """How the processes of `torchrun` divide the work; their number is replicas * shards * context * tensor.
+
+    One process ignores none of it: it must come out as 1.
+    """
+
+    shards: int | None = opt(None, "FSDP: ranks that share out the weights; null for all that the others leave")
+    replicas: int = opt(1, "HSDP: groups of shards, each with all of the weights; for several nodes")
+    tensor: int = opt(1, "tensor parallelism: ranks that share out heads and MLP channels of each layer")
+    context: int = opt(1, "context parallelism: ranks that share out the tokens of each sequence")
+    timeout: float = opt(600.0, "seconds after which a rank that does not answer ends the run with an error")
+
+    def __post_init__(self) -> None:
+        check_types(self, "parallel.")
+        for name in ("shards", "replicas", "tensor", "context"):
+            value = getattr(self, name)
+            require(value is None or value >= 1, f"parallel.{name}", value, "an integer >= 1")
+        require(0 < self.timeout < inf, "parallel.timeout", self.timeout, "a finite number of seconds > 0")
+
+    def sizes(self, world: int) -> tuple[int, int, int, int]:
+        """(replicas, shards, context, tensor) of a run on `world` processes. ConfigError where they do not fit."""
+        rest = self.replicas * self.context * self.tensor
+        shards = world // rest if self.shards is None else self.shards
+        require(
+            rest * shards == world and shards > 0, "the product of parallel.replicas, shards, context and tensor",
+            rest * max(shards, 1), f"the number of processes, {world}",
+        )  # fmt: skip
+        return self.replicas, shards, self.context, self.tensor
 
 
 @dataclass(frozen=True)
@@ -225,6 +262,7 @@ class RunConfig:
     data: DataConfig = field(default_factory=DataConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
     seed: int = opt(0, "seed of initialisation, data order and sampling")
 
     def __post_init__(self) -> None:

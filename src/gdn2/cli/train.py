@@ -22,7 +22,10 @@ def show_keys(wanted: bool) -> None:
 
 
 def train(
-    run: Annotated[Path, typer.Option(help="The run's folder; for a new run empty or not there yet.")],
+    run: Annotated[
+        Path,
+        typer.Option("--run", "--run-dir", help="The run's folder; for a new run empty or not there yet."),
+    ],
     settings: Annotated[
         list[str] | None,
         typer.Argument(
@@ -49,6 +52,9 @@ def train(
       gdn2 train --preset gdn2-hybrid-tiny --run runs/first data.path=corpora/stdlib
       gdn2 train config.yaml --run runs/second optim.lr=1e-3 train.tokens=5000000
       gdn2 train --run runs/second --resume
+      torchrun --nproc-per-node 8 -m gdn2 train config.yaml --run-dir runs/third
+
+    torchrun takes --run for an option of its own: with it, say --run-dir.
     """
     from gdn2.config import ConfigError, load_run
     from gdn2.presets import preset as named

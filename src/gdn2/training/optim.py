@@ -12,15 +12,19 @@ def adamw(model: nn.Module, config: OptimConfig) -> torch.optim.AdamW:
     """AdamW in two groups: matrices (embeddings and convolutions among them) decay, everything else does not.
 
     No decay for parameters of fewer than two dimensions (norms, biases) and those marked `no_weight_decay`: pulling
-    a gate's or a norm's parameter to zero pulls it to an arbitrary setting, not to a smaller function.
+    a gate's or a norm's parameter to zero pulls it to an arbitrary setting, not to a smaller function. Sharded or not,
+    the parameters of a group are all of one kind: see `sharding.py`.
     """
     decay: list[nn.Parameter] = []
     plain: list[nn.Parameter] = []
     for parameter in model.parameters():
-        exempt = parameter.ndim < 2 or getattr(parameter, "no_weight_decay", False)
-        (plain if exempt else decay).append(parameter)
+        (plain if takes_no_decay(parameter) else decay).append(parameter)
     groups = [{"params": decay, "weight_decay": config.weight_decay}, {"params": plain, "weight_decay": 0.0}]
     return torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, eps=config.eps, fused=True)
+
+
+def takes_no_decay(parameter: nn.Parameter) -> bool:
+    return parameter.ndim < 2 or getattr(parameter, "no_weight_decay", False)
 
 
 def learning_rate(config: OptimConfig, tokens: int, total_tokens: int) -> float:
