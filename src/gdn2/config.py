@@ -32,6 +32,7 @@ MIXER_OPTIONS = {
 }
 ROPE_SCALINGS = ("none", "ntk", "yarn")
 BLOCKS = ("mixer", "attention")
+RECOMPUTE = ("none", "selective", "full")  # activation checkpointing
 
 
 class ConfigError(ValueError):
@@ -197,6 +198,7 @@ class TrainConfig:
     device: str = opt("auto", "'auto' (cuda when present, else cpu), 'cpu', 'cuda' or 'cuda:N'")
     precision: str = opt("auto", "'auto' (bf16 on cuda, else fp32), 'fp32' or 'bf16' (autocast; weights stay fp32)")
     compile: bool = opt(False, "torch.compile each block")
+    recompute: str = opt("none", "what a block's backward pass computes again: 'none', 'selective' or 'full'")
     eval_every: int = opt(100, "steps between validations; 0 only validates at the end")
     eval_tokens: int = opt(65_536, "validation tokens per evaluation")
     sample_every: int = opt(0, "steps between sampled continuations; 0 turns them off")
@@ -221,6 +223,7 @@ class TrainConfig:
         )  # fmt: skip
         check_device("train.device", self.device)
         require(self.precision in ("auto", "fp32", "bf16"), "train.precision", self.precision, "auto, fp32 or bf16")
+        require(self.recompute in RECOMPUTE, "train.recompute", self.recompute, f"one of {', '.join(RECOMPUTE)}")
 
 
 @dataclass(frozen=True)

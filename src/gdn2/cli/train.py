@@ -1,5 +1,6 @@
 """`gdn2 train`."""
 
+from math import inf
 from pathlib import Path
 from textwrap import fill
 from typing import Annotated
@@ -39,6 +40,12 @@ def train(
     resume: Annotated[
         bool, typer.Option("--resume", help="Go on from the run's newest checkpoint, with its configuration.")
     ] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Say what the run will cost, and leave: nothing is allocated or written.")
+    ] = False,
+    rate: Annotated[
+        float | None, typer.Option(help="With --dry-run: tokens per second that are expected, for the time.")
+    ] = None,
     keys: Annotated[
         bool, typer.Option("--keys", callback=show_keys, is_eager=True, help="List settings and presets, and leave.")
     ] = False,
@@ -52,6 +59,7 @@ def train(
       gdn2 train --preset gdn2-hybrid-tiny --run runs/first data.path=corpora/stdlib
       gdn2 train config.yaml --run runs/second optim.lr=1e-3 train.tokens=5000000
       gdn2 train --run runs/second --resume
+      gdn2 train --preset gdn2-1.3b --run runs/large --dry-run train.device=cuda --rate 45000
       torchrun --nproc-per-node 8 -m gdn2 train config.yaml --run-dir runs/third
 
     torchrun takes --run for an option of its own: with it, say --run-dir.
@@ -71,8 +79,16 @@ def train(
     if preset is not None:
         overrides.insert(0, f"preset={preset}")
     path = run / "config.yaml" if resume else files[0] if files else None
+    config = load_run(path, overrides, named)
+    if rate is not None and not (dry_run and 0 < rate < inf):
+        raise ConfigError(f"--rate is {rate}; expected tokens per second above 0, together with --dry-run")
+    if dry_run:
+        from gdn2.training.plan import show
+
+        typer.echo(show(config, run, rate))
+        return
     try:
-        outcome = train(load_run(path, overrides, named), run, resume)
+        outcome = train(config, run, resume)
     except TrainingError as error:
         leave(error, 1)
     if outcome.interrupted == "SIGINT":

@@ -23,6 +23,7 @@ from gdn2.training.checkpoint import CheckpointError
 from gdn2.training.distributed import Ranks
 from gdn2.training.metrics import Display, MetricsFile, Row, language_scores, validate
 from gdn2.training.optim import adamw, learning_rate
+from gdn2.training.recompute import recompute
 from gdn2.training.saver import Saver
 from gdn2.training.sharding import clip_gradients, local, settle, shard
 from gdn2.training.step import accumulate_gradients
@@ -33,7 +34,7 @@ PROMPT_TOKENS = 64  # of the first validation document, continued by each sample
 # mathematics. SCHEDULE may change too while the learning rates of the past stay the same (see `check_same`).
 FREE = {f"train.{name}" for name in (
     "eval_every", "eval_tokens", "sample_every", "sample_tokens", "log_every", "checkpoint_every", "keep_last",
-    "keep_every", "background_checkpoints", "max_bad_steps", "device", "compile",
+    "keep_every", "background_checkpoints", "max_bad_steps", "device", "compile", "recompute",
 )} | {f"parallel.{key}" for key in ("shards", "replicas", "tensor", "context", "timeout")} | {"data.path"}  # fmt: skip
 SCHEDULE = {"train.tokens", "optim.decay_tokens"}
 
@@ -121,6 +122,7 @@ def run(config: RunConfig, run_dir: Path, resume: bool, stream: IO[str] | None, 
             metrics.cut_after(counters.step)
         run_dir.mkdir(parents=True, exist_ok=True)
         write_config(run_dir, config)
+    recompute(model, config.train.recompute)
     if config.train.compile:
         for block in model.blocks:
             block.compile()
