@@ -32,6 +32,7 @@ MIXER_OPTIONS = {
 }
 ROPE_SCALINGS = ("none", "ntk", "yarn")
 BLOCKS = ("mixer", "attention")
+OPTIMIZERS = ("adamw", "muon")
 RECOMPUTE = ("none", "selective", "full")  # activation checkpointing
 
 
@@ -161,20 +162,24 @@ class DataConfig:
 
 @dataclass(frozen=True)
 class OptimConfig:
-    """AdamW, its groups and its schedule. Lengths of the schedule are in tokens."""
+    """The optimizer, its groups and its schedule. Lengths of the schedule are in tokens."""
 
+    name: str = opt("adamw", "'adamw', or 'muon': Muon for the blocks' matrices, AdamW for the rest")
     lr: float = opt(4e-4, "peak learning rate")
     min_lr_ratio: float = opt(0.1, "last learning rate as a share of the peak")
     schedule: str = opt("cosine", "'cosine', 'wsd' (warm-up, stable, linear decay) or 'constant' (after the warm-up)")
     warmup_tokens: int = opt(0, "tokens of linear warm-up")
     decay_tokens: int = opt(0, "wsd: tokens of the final decay")
     betas: tuple[float, float] = opt((0.9, 0.95), "AdamW's moment decays")
+    momentum: float = opt(0.95, "muon: decay of its momentum, Nesterov's")
     eps: float = opt(1e-8, "AdamW's epsilon")
     weight_decay: float = opt(0.1, "decay of matrices (embeddings too); vectors and the decay gates' own take none")
     clip: float = opt(1.0, "largest gradient norm; 0 turns clipping off")
 
     def __post_init__(self) -> None:
         check_types(self, "optim.")
+        require(self.name in OPTIMIZERS, "optim.name", self.name, f"one of {', '.join(OPTIMIZERS)}")
+        require(0 <= self.momentum < 1, "optim.momentum", self.momentum, "a number in [0, 1)")
         require(0 < self.lr < inf, "optim.lr", self.lr, "a finite number > 0")
         require(0 <= self.min_lr_ratio <= 1, "optim.min_lr_ratio", self.min_lr_ratio, "a number in [0, 1]")
         require(

@@ -10,7 +10,7 @@ from gdn2.config import RECOMPUTE, RunConfig
 from gdn2.model import LanguageModel
 from gdn2.ops.fused import is_planning
 from gdn2.training.memory import Held, estimate, highest
-from gdn2.training.optim import adamw
+from gdn2.training.optim import build_optimizer
 from gdn2.training.recompute import recompute
 
 MakeConfig = Callable[..., RunConfig]
@@ -69,11 +69,11 @@ def test_peak_is_that_of_a_real_step(make_config: MakeConfig, mode: str, batch: 
     assert found.peak - there == pytest.approx(max(real_step(config, False)), rel=0.15)
 
 
-@pytest.mark.parametrize("tied", ["true", "false"])
-def test_weights_gradients_and_optimizer_are_exact(make_config: MakeConfig, tied: str) -> None:
-    config = make_config(f"model.tie_embeddings={tied}", "model.num_layers=3")
+@pytest.mark.parametrize(("tied", "name"), [("true", "adamw"), ("false", "adamw"), ("false", "muon")])
+def test_weights_gradients_and_optimizer_are_exact(make_config: MakeConfig, tied: str, name: str) -> None:
+    config = make_config(f"model.tie_embeddings={tied}", "model.num_layers=3", f"optim.name={name}")
     found, model = estimate(config, "none", False, "fp32"), LanguageModel(config.model)
-    optimizer = adamw(model, config.optim)
+    optimizer = build_optimizer(model, config.optim)
     tokens = torch.zeros(1, 8, dtype=torch.int64)
     model.loss(tokens, tokens).backward()
     optimizer.step()

@@ -72,9 +72,11 @@ def on_batch(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[int, Callabl
     monkeypatch.setattr(TokenBatches, "__next__", plain)
 
 
-@pytest.mark.parametrize("packed", ["false", "true"])
-def test_resumed_run_is_bit_identical(make_config: MakeConfig, tmp_path: Path, packed: str, rows_of: RowsOf) -> None:
-    config = make_config(f"data.packed={packed}")
+@pytest.mark.parametrize(("packed", "name"), [("false", "adamw"), ("true", "adamw"), ("true", "muon")])
+def test_resumed_run_is_bit_identical(
+    make_config: MakeConfig, tmp_path: Path, packed: str, name: str, rows_of: RowsOf
+) -> None:
+    config = make_config(f"data.packed={packed}", f"optim.name={name}")
     quiet(config, tmp_path / "whole")
     shutil.copytree(tmp_path / "whole", tmp_path / "parts")
     shutil.rmtree(tmp_path / "parts" / "checkpoints" / "step_00000020")

@@ -20,6 +20,7 @@ from torch.utils._pytree import tree_leaves
 from gdn2.config import RunConfig
 from gdn2.model import LanguageModel
 from gdn2.ops.fused import planning
+from gdn2.training.optim import state_bytes
 from gdn2.training.recompute import recompute
 
 
@@ -121,9 +122,9 @@ def estimate(config: RunConfig, mode: str, on_gpu: bool, precision: str) -> Memo
         tokens = torch.empty(shape, dtype=torch.int64)
         parts["loss"] = measure(model, lambda _: model.loss(tokens, tokens), x, cast, accumulates)
     with torch.device("meta"):
-        whole = list(LanguageModel(config.model).parameters())
-    weights = gradients = sum(p.nbytes for p in whole)
-    optimizer = sum(2 * p.nbytes + 4 for p in whole)  # two moments, and the number of steps in float32
+        whole = LanguageModel(config.model)
+    weights = gradients = sum(p.nbytes for p in whole.parameters())
+    optimizer = state_bytes(whole, config.optim)
     order = [parts[kind] for kind in config.model.layer_kinds] + [parts["loss"]]
     base = weights + optimizer + (gradients if accumulates else 0)
     return Memory(

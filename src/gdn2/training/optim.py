@@ -1,11 +1,34 @@
-"""AdamW's parameter groups and the learning-rate schedule."""
+"""The optimizer with its parameter groups, and the learning-rate schedule."""
 
 import math
+from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import nn
 
 from gdn2.config import OptimConfig
+from gdn2.model import LanguageModel
+
+
+def build_optimizer(model: LanguageModel, config: OptimConfig) -> torch.optim.Optimizer:
+    """What `optim.name` says: AdamW for all, or Muon for the matrices of the blocks and AdamW for the rest."""
+    if config.name == "adamw":
+        return adamw(model, config)
+    from gdn2.training.muon import MuonAdamW, block_matrices
+
+    matrices = block_matrices(model)
+    own = set(matrices)
+    return MuonAdamW(matrices, groups([p for p in model.parameters() if p not in own], config), config, fused=True)
+
+
+def state_bytes(model: LanguageModel, config: OptimConfig) -> int:
+    """Bytes of the optimizer's state once it has made a step: of AdamW two moments and the number of steps in float32,
+    of Muon a momentum."""
+    from gdn2.training.muon import block_matrices
+
+    matrices = set(block_matrices(model)) if config.name == "muon" else set()
+    return sum(p.nbytes if p in matrices else 2 * p.nbytes + 4 for p in model.parameters())
 
 
 def adamw(model: nn.Module, config: OptimConfig) -> torch.optim.AdamW:
@@ -15,12 +38,18 @@ def adamw(model: nn.Module, config: OptimConfig) -> torch.optim.AdamW:
     a gate's or a norm's parameter to zero pulls it to an arbitrary setting, not to a smaller function. Sharded or not,
     the parameters of a group are all of one kind: see `sharding.py`.
     """
+    return torch.optim.AdamW(
+        groups(model.parameters(), config), lr=config.lr, betas=config.betas, eps=config.eps, fused=True
+    )
+
+
+def groups(parameters: Iterable[nn.Parameter], config: OptimConfig) -> list[dict[str, Any]]:
+    """The two groups of `adamw`."""
     decay: list[nn.Parameter] = []
     plain: list[nn.Parameter] = []
-    for parameter in model.parameters():
+    for parameter in parameters:
         (plain if takes_no_decay(parameter) else decay).append(parameter)
-    groups = [{"params": decay, "weight_decay": config.weight_decay}, {"params": plain, "weight_decay": 0.0}]
-    return torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, eps=config.eps, fused=True)
+    return [{"params": decay, "weight_decay": config.weight_decay}, {"params": plain, "weight_decay": 0.0}]
 
 
 def takes_no_decay(parameter: nn.Parameter) -> bool:

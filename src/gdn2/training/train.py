@@ -22,7 +22,7 @@ from gdn2.training import checkpoint
 from gdn2.training.checkpoint import CheckpointError
 from gdn2.training.distributed import Ranks
 from gdn2.training.metrics import Display, MetricsFile, Row, language_scores, validate
-from gdn2.training.optim import adamw, learning_rate
+from gdn2.training.optim import build_optimizer, learning_rate
 from gdn2.training.recompute import recompute
 from gdn2.training.saver import Saver
 from gdn2.training.sharding import clip_gradients, local, settle, shard
@@ -89,6 +89,7 @@ def run(config: RunConfig, run_dir: Path, resume: bool, stream: IO[str] | None, 
     """`train` as one of `ranks`, which it starts."""
     optim = config.optim
     device, autocast, precision = resolve_device(ranks.on_own_device(config))
+    require(optim.name == "adamw" or ranks.size == 1, "optim.name", optim.name, "adamw with several processes")
     shards = Shards(config.data.path)
     if ranks.local_rank == 0:  # once a machine
         shards.verify()
@@ -108,7 +109,7 @@ def run(config: RunConfig, run_dir: Path, resume: bool, stream: IO[str] | None, 
         model.to(device)
     else:
         shard(model, ranks, device, precision)
-    optimizer = adamw(model, optim)
+    optimizer = build_optimizer(model, optim)
     counters = Counters()
     metrics = MetricsFile(run_dir / "metrics.jsonl")
     saver = Saver(run_dir, config, tokenizer, ranks)
