@@ -16,6 +16,8 @@ import torch
 import gdn2
 from gdn2.config import ConfigError, RunConfig, read_config, require, to_dict, write_config
 from gdn2.data import Shards, TokenBatches, TokenFile, Tokenizer, load_tokenizer
+from gdn2.data.lock import NAME as LOCK
+from gdn2.data.lock import FolderLock
 from gdn2.generate import generate
 from gdn2.model import LanguageModel
 from gdn2.training import checkpoint
@@ -76,17 +78,20 @@ def train(config: RunConfig, run_dir: str | Path, resume: bool = False, stream: 
     at once. On a CPU a resumed run of one process is bit-identical to one that never stopped. Progress goes to `stream`
     (standard output). No checkpoint is written while steps are not finite, so that the kept ones are good.
 
-    ConfigError and ValueError for a configuration, data or folder that cannot be used, before anything is written;
+    ConfigError and ValueError for a configuration, data or folder that cannot be used, or in which another process is
+    training, before anything is written;
     CheckpointError for a damaged or unwritable checkpoint; TrainingError when `train.max_bad_steps` steps in a row
     had a loss or gradient that is not finite (such steps are skipped and counted, the weights stay as they were), or
     when what would be saved is not finite; RankLostError when another process is gone.
     """
-    with Ranks(config) as ranks:
-        return run(config, Path(run_dir), resume, stream, ranks)
+    with Ranks(config) as ranks, FolderLock(Path(run_dir)) if ranks.main else nullcontext() as lock:
+        return run(config, Path(run_dir), resume, stream, ranks, None if lock is None else lock.left_by)
 
 
-def run(config: RunConfig, run_dir: Path, resume: bool, stream: IO[str] | None, ranks: Ranks) -> Outcome:
-    """`train` as one of `ranks`, which it starts."""
+def run(
+    config: RunConfig, run_dir: Path, resume: bool, stream: IO[str] | None, ranks: Ranks, left_by: str | None
+) -> Outcome:
+    """`train` as one of `ranks`, which it starts; `left_by` is a process that died while it trained in the folder."""
     optim = config.optim
     device, autocast, precision = resolve_device(ranks.on_own_device(config))
     require(optim.name == "adamw" or ranks.size == 1, "optim.name", optim.name, "adamw with several processes")
@@ -161,6 +166,8 @@ def run(config: RunConfig, run_dir: Path, resume: bool, stream: IO[str] | None, 
         verb = "resumed" if start else "started"
         about = f"{model.num_parameters():,} parameters on {device.type}, {precision}{ranks.describe()}"
         record("event", event=f"{verb}: {about}")
+        if left_by is not None:
+            record("event", event=f"before, {left_by} trained here and died")
         received = None
         while counters.step < config.steps and (received := ranks.any_signal(stop.received)) is None:
             step_began = time.perf_counter()
@@ -269,7 +276,7 @@ def open_run(
             "without --resume, perhaps with a smaller train.checkpoint_every"
         )
     if not resume:
-        if run_dir.exists() and (not run_dir.is_dir() or any(run_dir.iterdir())):
+        if run_dir.exists() and (not run_dir.is_dir() or any(p.name != LOCK for p in run_dir.iterdir())):
             raise ValueError(f"{str(run_dir)!r} is not empty; resume the run in it, or choose another folder")
         return None, {}
     if not found:
