@@ -13,12 +13,17 @@ from dataclasses import replace
 from datetime import timedelta
 from math import prod
 from types import TracebackType
+from typing import TYPE_CHECKING
 
 import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from gdn2.config import RunConfig, require
+from gdn2.data import Batch
+
+if TYPE_CHECKING:
+    from gdn2.training.context import Context
 
 AXES = ("replicas", "shards", "context", "tensor")
 LOST = ("connection closed by peer", "connection reset by peer", "broken pipe", "timed out", "gloo/transport")
@@ -55,6 +60,7 @@ class Ranks:
         self.mesh: DeviceMesh | None = None
         self.token_group: dist.ProcessGroup | None = None
         self.context_group: dist.ProcessGroup | None = None
+        self.parts: Context | None = None
         self._check(config)
 
     def _check(self, config: RunConfig) -> None:
@@ -150,6 +156,10 @@ class Ranks:
         flags = torch.tensor(int(flag))
         dist.all_reduce(flags, dist.ReduceOp.MAX)
         return bool(flags)
+
+    def own_tokens(self, batch: Batch) -> Batch:
+        """This rank's part of its batch, whose passes must follow before that of another."""
+        return batch if self.parts is None else self.parts.take(batch)
 
     def describe(self) -> str:
         """As in "8 processes: 2 replicas x 4 shards"; empty for one."""

@@ -59,6 +59,7 @@ def validate(
         batch = batches.read(windows[place if place < len(windows) else 0])
         if place >= len(windows):
             batch.targets.fill_(IGNORE)
+        batch = batch if ranks is None else ranks.own_tokens(batch)
         count = int((batch.targets != IGNORE).sum())
         text_bytes += batches.token_file.bytes_of(batch.targets)
         batch = batch.to(device)

@@ -24,10 +24,10 @@ def accumulate_gradients(
 
     `batches` are this rank's. Returns sums over all ranks: nats, targets, and the bytes of text they stand for.
     """
-    own = sum(count_targets(b) for b in batches)
-    all_targets, text_bytes = ranks.sum([own, sum(token_file.bytes_of(b.targets) for b in batches)])
+    counts = [(count_targets(part), token_file.bytes_of(part.targets)) for part in map(ranks.own_tokens, batches)]
+    all_targets, text_bytes = ranks.sum([sum(count) for count in zip(*counts)])
     targets, nats = int(all_targets), 0.0
-    for i, batch in enumerate(batches, start=1):
+    for i, batch in enumerate(map(ranks.own_tokens, batches), start=1):
         begin_micro_batch(model, i == len(batches), ranks)
         with autocast:
             on_device = batch.to(device)

@@ -25,9 +25,10 @@ from gdn2.training.checkpoint import CheckpointError
 from gdn2.training.distributed import Ranks
 from gdn2.training.metrics import Display, MetricsFile, Row, language_scores, validate
 from gdn2.training.optim import build_optimizer, learning_rate
+from gdn2.training.parallel import check_parallel, parallelize
 from gdn2.training.recompute import recompute
 from gdn2.training.saver import Saver
-from gdn2.training.sharding import clip_gradients, local, settle, shard
+from gdn2.training.sharding import clip_gradients, local, settle
 from gdn2.training.step import accumulate_gradients
 
 PROMPT_TOKENS = 64  # of the first validation document, continued by each sample
@@ -84,6 +85,7 @@ def train(config: RunConfig, run_dir: str | Path, resume: bool = False, stream: 
     had a loss or gradient that is not finite (such steps are skipped and counted, the weights stay as they were), or
     when what would be saved is not finite; RankLostError when another process is gone.
     """
+    check_parallel(config)
     with Ranks(config) as ranks, FolderLock(Path(run_dir)) if ranks.main else nullcontext() as lock:
         return run(config, Path(run_dir), resume, stream, ranks, None if lock is None else lock.left_by)
 
@@ -110,10 +112,7 @@ def run(
 
     torch.manual_seed(config.seed)
     model = LanguageModel(config.model)
-    if ranks.mesh is None:
-        model.to(device)
-    else:
-        shard(model, ranks, device, precision)
+    parallelize(model, ranks, device, precision)
     optimizer = build_optimizer(model, optim)
     counters = Counters()
     metrics = MetricsFile(run_dir / "metrics.jsonl")
