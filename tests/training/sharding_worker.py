@@ -20,8 +20,17 @@ from gdn2.training.step import accumulate_gradients
 
 CPU = torch.device("cpu")
 SCENARIOS = {
-    2: {"fsdp": {}, "tied": {}, "bf16": {}, "packed": {}, "context": {"context": 2}},
-    4: {"fsdp": {}, "hsdp": {"replicas": 2}, "context-packed": {"context": 4}},
+    2: {
+        "fsdp": {},
+        "tied": {},
+        "bf16": {},
+        "packed": {},
+        "context": {"context": 2},
+        "tensor": {"tensor": 2},
+        "tensor-kda": {"tensor": 2},
+        "tensor-gdn": {"tensor": 2},
+    },
+    4: {"fsdp": {}, "hsdp": {"replicas": 2}, "context-packed": {"context": 4}, "tensor-bf16": {"tensor": 2}},
 }
 
 
@@ -32,6 +41,8 @@ def config_of(data, name, parallel):
         f"model.tie_embeddings={name == 'tied'}", f"data.packed={'packed' in name}", "data.seq_len=32",
         "train.micro_batch=2", "train.batch_tokens=512", "train.device=cpu", "seed=7",
     ]  # fmt: skip
+    for mixer in ("kda", "gdn"):
+        settings += [f"model.mixer={mixer}"] if mixer in name else []
     config = load_run(None, settings, preset)
     return replace(config, parallel=ParallelConfig(**parallel))
 
@@ -119,7 +130,7 @@ def main(data):
     for name, parallel in SCENARIOS[int(os.environ["WORLD_SIZE"])].items():
         # float32: sums in another order. bf16: the gathered weights are rounded as autocast rounds them, each
         # micro-batch's gradient of a weight too, but it is other tokens that share a sum before that rounding.
-        precision, tolerance = ("bf16", 2e-2) if name == "bf16" else ("fp32", 1e-5)
+        precision, tolerance = ("bf16", 2e-2) if "bf16" in name else ("fp32", 1e-5)
         check(config_of(data, name, parallel), precision, tolerance)
         if name == "bf16":
             check_dtypes(config_of(data, name, parallel))

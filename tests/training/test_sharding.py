@@ -8,6 +8,10 @@ import ranks
 WORKER = Path(__file__).with_name("sharding_worker.py")
 
 
-@pytest.mark.parametrize(("size", "scenarios"), [(2, "fsdp tied bf16 packed context"), (4, "fsdp hsdp context-packed")])
+TWO = "fsdp tied bf16 packed context tensor tensor-kda tensor-gdn"
+FOUR = "fsdp hsdp context-packed tensor-bf16"
+
+
+@pytest.mark.parametrize(("size", "scenarios"), [(2, TWO), (4, FOUR)])
 def test_sharded_model_is_one_model(shards, size, scenarios):
     assert f"checked {scenarios}\n" in ranks.run(size, WORKER, shards)

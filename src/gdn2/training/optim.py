@@ -35,8 +35,7 @@ def adamw(model: nn.Module, config: OptimConfig) -> torch.optim.AdamW:
     """AdamW in two groups: matrices (embeddings and convolutions among them) decay, everything else does not.
 
     No decay for parameters of fewer than two dimensions (norms, biases) and those marked `no_weight_decay`: pulling
-    a gate's or a norm's parameter to zero pulls it to an arbitrary setting, not to a smaller function. Sharded or not,
-    the parameters of a group are all of one kind: see `sharding.py`.
+    a gate's or a norm's parameter to zero pulls it to an arbitrary setting, not to a smaller function.
     """
     return torch.optim.AdamW(
         groups(model.parameters(), config), lr=config.lr, betas=config.betas, eps=config.eps, fused=True
@@ -44,12 +43,19 @@ def adamw(model: nn.Module, config: OptimConfig) -> torch.optim.AdamW:
 
 
 def groups(parameters: Iterable[nn.Parameter], config: OptimConfig) -> list[dict[str, Any]]:
-    """The two groups of `adamw`."""
-    decay: list[nn.Parameter] = []
-    plain: list[nn.Parameter] = []
+    """The groups of `adamw`: one of each kind, and for sharded parameters one more for each mesh that they lie on.
+
+    A group is updated in one call, of tensors that lie alike.
+    """
+    decay: dict[Any, list[nn.Parameter]] = {None: []}
+    plain: dict[Any, list[nn.Parameter]] = {None: []}
     for parameter in parameters:
-        (plain if takes_no_decay(parameter) else decay).append(parameter)
-    return [{"params": decay, "weight_decay": config.weight_decay}, {"params": plain, "weight_decay": 0.0}]
+        kind = plain if takes_no_decay(parameter) else decay
+        kind.setdefault(getattr(parameter, "device_mesh", None), []).append(parameter)
+    return [
+        *({"params": some, "weight_decay": config.weight_decay} for some in decay.values()),
+        *({"params": some, "weight_decay": 0.0} for some in plain.values()),
+    ]
 
 
 def takes_no_decay(parameter: nn.Parameter) -> bool:

@@ -12,6 +12,8 @@ SPLIT = (*DELTA_RULES, "linear")  # mixers whose tokens or heads can lie on seve
 def check_parallel(config: RunConfig) -> None:
     """ConfigError for parallelism that this model or these settings do not allow."""
     parallel, model = config.parallel, config.model
+    require(parallel.tensor == 1 or parallel.context == 1, "parallel.context", parallel.context,
+            f"1 with parallel.tensor {parallel.tensor}")  # fmt: skip
     for name in ("tensor", "context"):
         ranks = getattr(parallel, name)
         if ranks > 1:
@@ -31,6 +33,10 @@ def parallelize(model: LanguageModel, ranks: Ranks, device: torch.device, precis
     from gdn2.training.context import Context, share_context
     from gdn2.training.sharding import shard
 
+    if ranks.tensor > 1:
+        from gdn2.training.tensor_parallel import split_tensors
+
+        split_tensors(model, ranks.mesh["tensor"])
     if ranks.context > 1:
         assert ranks.context_group is not None
         ranks.parts = Context(ranks.context_group)

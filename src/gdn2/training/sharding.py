@@ -19,6 +19,7 @@ from gdn2.training.optim import takes_no_decay
 
 if TYPE_CHECKING:
     from torch.distributed.fsdp import FSDPModule
+    from torch.distributed.tensor import DTensor
 
 
 def shard(model: LanguageModel, ranks: Ranks, device: torch.device, precision: str) -> None:
@@ -58,7 +59,11 @@ def finish_gradients(model: nn.Module, ranks: Ranks) -> None:
     """Average the gradients of the parameters that every rank keeps whole, as FSDP has averaged the others."""
     if ranks.mesh is None:
         return
-    own = [local(p.grad) for p in model.parameters() if p.grad is not None and takes_no_decay(p)]
+    small = [p for p in model.parameters() if p.grad is not None and takes_no_decay(p)]
+    for parameter in small:
+        if hasattr(parameter, "placements"):  # with tensor parallelism ranks may have a summand each
+            parameter.grad = cast("DTensor", parameter.grad).redistribute(placements=parameter.placements)
+    own = [local(cast(Tensor, p.grad)) for p in small]
     flat = torch.cat([g.flatten() for g in own])
     dist.all_reduce(flat, group=ranks.token_group)
     flat /= ranks.data_size * ranks.context
@@ -84,7 +89,7 @@ def clip_gradients(model: nn.Module, largest: float, ranks: Ranks) -> float:
         first = some[0]
         if isinstance(first, DTensor):
             for axis, placement in enumerate(first.placements):
-                if placement.is_shard():
+                if not placement.is_replicate():
                     dist.all_reduce(own, group=first.device_mesh.get_group(axis))
         square += float(own)
     norm = math.sqrt(square)
