@@ -32,6 +32,7 @@ MIXER_OPTIONS = {
 }
 ROPE_SCALINGS = ("none", "ntk", "yarn")
 BLOCKS = ("mixer", "attention")
+LOGS = ("tensorboard", "wandb")
 OPTIMIZERS = ("adamw", "muon")
 RECOMPUTE = ("none", "selective", "full")  # activation checkpointing
 
@@ -213,6 +214,13 @@ class TrainConfig:
     keep_last: int = opt(2, "checkpoints kept; older ones are deleted after a newer one is safe")
     keep_every: int = opt(0, "steps between milestones: checkpoints never deleted; a multiple of checkpoint_every")
     background_checkpoints: bool = opt(False, "several processes: write checkpoints while training goes on")
+    watch_every: int = opt(100, "steps between looks at the gates and memories of each layer; 0 turns them off")
+    logs: tuple[str, ...] = opt((), "where metrics go besides metrics.jsonl: 'tensorboard', 'wandb'")
+    wandb_project: str = opt("gdn2", "wandb: the project's name")
+    wandb_offline: bool = opt(False, "wandb: keep everything in the run's folder, for `wandb sync`")
+    peak_flops: float | None = opt(
+        None, "FLOPs per second of one device, for MFU; null takes the maker's, of known GPUs"
+    )
     max_bad_steps: int = opt(10, "non-finite steps in a row after which training stops with an error")
 
     def __post_init__(self) -> None:
@@ -220,7 +228,11 @@ class TrainConfig:
         for name in ("tokens", "batch_tokens", "micro_batch", "eval_tokens", "sample_tokens", "log_every", "keep_last",
                      "max_bad_steps"):  # fmt: skip
             require(getattr(self, name) >= 1, f"train.{name}", getattr(self, name), "an integer >= 1")
-        for name in ("eval_every", "sample_every", "checkpoint_every", "keep_every"):
+        for name in self.logs:
+            require(name in LOGS, "train.logs", name, f"one of {', '.join(LOGS)}")
+        require(self.peak_flops is None or 0 < self.peak_flops < inf, "train.peak_flops", self.peak_flops,
+                "a finite number > 0, or null")  # fmt: skip
+        for name in ("eval_every", "sample_every", "watch_every", "checkpoint_every", "keep_every"):
             require(getattr(self, name) >= 0, f"train.{name}", getattr(self, name), "an integer >= 0")
         require(
             self.keep_every == 0 or (self.checkpoint_every > 0 and self.keep_every % self.checkpoint_every == 0),

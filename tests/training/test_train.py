@@ -23,7 +23,7 @@ module = importlib.import_module("gdn2.training.train")  # the package's name fo
 MakeConfig = Callable[..., RunConfig]
 RowsOf = Callable[[Path], list[dict[str, Any]]]
 
-CLOCK = {"elapsed", "tokens_per_second"}
+CLOCK = {"elapsed", "tokens_per_second", "mfu", "memory"}
 
 
 def quiet(config: RunConfig, run_dir: Path, resume: bool = False) -> Outcome:
@@ -152,7 +152,7 @@ def test_loss_falls_and_rows_are_complete(make_config: MakeConfig, tmp_path: Pat
     assert training[-1]["loss"] < training[0]["loss"] - 1  # 257 classes start near 5.5 nats; these words need about 1
     assert set(training[0]) == {
         "kind", "step", "tokens", "elapsed", "loss", "perplexity", "bits_per_byte", "lr", "grad_norm",
-        "tokens_per_second", "bad_steps",
+        "tokens_per_second", "mfu", "memory", "bad_steps",
     }  # fmt: skip
     val = [row for row in rows if row["kind"] == "val"]
     assert [row["step"] for row in val] == [10, 20, 30, 40, 50, 60]

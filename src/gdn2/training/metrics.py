@@ -77,6 +77,22 @@ def validate(
 
 
 @torch.no_grad()
+def inspect(
+    model: LanguageModel, batches: TokenBatches, device: torch.device, autocast: AbstractContextManager, ranks: Ranks
+) -> list[Row]:
+    """`layer_statistics` of one validation sequence, the same one every time; empty where layers are split."""
+    if ranks.tensor > 1 or ranks.context > 1:
+        return []
+    was_training = model.training
+    model.eval()
+    with autocast:
+        layers = layer_statistics(model, batches.read([0]).to(device))
+    model.train(was_training)
+    settle(model, ranks)
+    return layers
+
+
+@torch.no_grad()
 def layer_statistics(model: nn.Module, batch: Batch) -> list[Row]:
     """For each mixer of a delta rule, first to last: means of erase, write and decay exp(g), the share of erase and
     write gates within 0.01 of an end of their range, and the root mean square of the memory after the batch."""
@@ -194,7 +210,9 @@ class Display:
             self._bar.update(self._task, completed=step)
 
     def show(self, row: Row) -> None:
-        """One row of the metrics; on a terminal, training rows only change the bar."""
+        """One row of the metrics; on a terminal, training rows only change the bar. Layers are for the files alone."""
+        if row["kind"] == "layers":
+            return
         if self._bar is None:
             print(self._line(row), file=self._stream, flush=True)
         elif row["kind"] == "train":

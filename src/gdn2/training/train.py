@@ -19,17 +19,21 @@ from gdn2.data import Shards, TokenBatches, TokenFile, Tokenizer, load_tokenizer
 from gdn2.data.lock import NAME as LOCK
 from gdn2.data.lock import FolderLock
 from gdn2.generate import generate
+from gdn2.info import describe
 from gdn2.model import LanguageModel
 from gdn2.training import checkpoint
 from gdn2.training.checkpoint import CheckpointError
 from gdn2.training.distributed import Ranks
-from gdn2.training.metrics import Display, MetricsFile, Row, language_scores, validate
+from gdn2.training.logs import Log, check_logs, open_logs
+from gdn2.training.metrics import Display, MetricsFile, Row, inspect, language_scores, validate
 from gdn2.training.optim import build_optimizer, learning_rate
 from gdn2.training.parallel import check_parallel, parallelize
 from gdn2.training.recompute import recompute
 from gdn2.training.saver import Saver
 from gdn2.training.sharding import clip_gradients, local, settle
 from gdn2.training.step import accumulate_gradients
+from gdn2.training.throughput import mfu, peak_flops
+from gdn2.training.watch import Watch, peak_memory
 
 PROMPT_TOKENS = 64  # of the first validation document, continued by each sample
 
@@ -38,6 +42,7 @@ PROMPT_TOKENS = 64  # of the first validation document, continued by each sample
 FREE = {f"train.{name}" for name in (
     "eval_every", "eval_tokens", "sample_every", "sample_tokens", "log_every", "checkpoint_every", "keep_last",
     "keep_every", "background_checkpoints", "max_bad_steps", "device", "compile", "recompute",
+    "watch_every", "logs", "wandb_project", "wandb_offline", "peak_flops",
 )} | {f"parallel.{key}" for key in ("shards", "replicas", "tensor", "context", "timeout")} | {"data.path"}  # fmt: skip
 SCHEDULE = {"train.tokens", "optim.decay_tokens"}
 
@@ -97,6 +102,7 @@ def run(
     optim = config.optim
     device, autocast, precision = resolve_device(ranks.on_own_device(config))
     require(optim.name == "adamw" or ranks.size == 1, "optim.name", optim.name, "adamw with several processes")
+    check_logs(config)
     shards = Shards(config.data.path)
     if ranks.local_rank == 0:  # once a machine
         shards.verify()
@@ -136,7 +142,12 @@ def run(
     saved_step, last_val = counters.step if start else None, None
     before, began = counters.elapsed, time.perf_counter()
     display = Display(config.steps, counters.step, stream) if ranks.main else None
-    with display or nullcontext(), StopSignals() as stop:
+    more_logs: AbstractContextManager[list[Log]] = nullcontext([])
+    if ranks.main:
+        more_logs = open_logs(config, run_dir, counters.step)
+    watch, flops = Watch(config.model.vocab_size), describe(config.model, config.data.seq_len).training_flops
+    peak = config.train.peak_flops or peak_flops(device)
+    with more_logs as logs, display or nullcontext(), StopSignals() as stop:
 
         def record(kind: str, **values: Any) -> Row:
             counters.elapsed = before + time.perf_counter() - began
@@ -145,6 +156,8 @@ def run(
             if display is not None:
                 metrics.append(row)
                 display.show(row)
+                for log in logs:
+                    log.append(row)
             return row
 
         def save() -> None:
@@ -193,6 +206,8 @@ def run(
                 counters.nats += nats
                 counters.targets += targets
                 counters.text_bytes += text_bytes
+                for warning in watch.step(counters.step, nats / max(targets, 1), norm):
+                    record("event", event=warning)
             else:
                 counters.bad_steps += 1
                 counters.bad_in_row += 1
@@ -204,9 +219,17 @@ def run(
             if counters.targets and (counters.step % config.train.log_every == 0 or last):
                 scores = language_scores(counters.nats, counters.targets, counters.text_bytes)
                 speed = counters.tokens / counters.seconds
-                record("train", **scores, lr=lr, grad_norm=norm, tokens_per_second=speed, bad_steps=counters.bad_steps)
+                record(
+                    "train", **scores, lr=lr, grad_norm=norm, tokens_per_second=speed,
+                    mfu=mfu(speed / ranks.size, flops, peak), memory=peak_memory(device), bad_steps=counters.bad_steps,
+                )  # fmt: skip
                 counters.nats = counters.text_bytes = counters.seconds = 0.0
                 counters.targets = counters.tokens = 0
+            if due(counters.step, config.train.watch_every):
+                layers = inspect(model, val_batches, device, autocast, ranks)
+                record("layers", layers=layers)
+                for warning in watch.layers(counters.step, layers):
+                    record("event", event=warning)
             if last or due(counters.step, config.train.eval_every):
                 scores = validate(model, val_batches, config.train.eval_tokens, device, autocast, ranks)
                 last_val = record("val", **scores)
