@@ -15,6 +15,7 @@ from gdn2.presets import preset
 from gdn2.training.distributed import Ranks
 from gdn2.training.optim import adamw
 from gdn2.training.parallel import parallelize
+from gdn2.training.recompute import recompute
 from gdn2.training.sharding import clip_gradients, settle
 from gdn2.training.step import accumulate_gradients
 
@@ -25,12 +26,17 @@ SCENARIOS = {
         "tied": {},
         "bf16": {},
         "packed": {},
-        "context": {"context": 2},
+        "context-full": {"context": 2},
         "tensor": {"tensor": 2},
-        "tensor-kda": {"tensor": 2},
-        "tensor-gdn": {"tensor": 2},
+        "tensor-kda-full": {"tensor": 2},
+        "tensor-gdn-selective": {"tensor": 2},
     },
-    4: {"fsdp": {}, "hsdp": {"replicas": 2}, "context-packed": {"context": 4}, "tensor-bf16": {"tensor": 2}},
+    4: {
+        "fsdp": {},
+        "hsdp-full": {"replicas": 2},
+        "context-packed-selective": {"context": 4},
+        "tensor-bf16": {"tensor": 2},
+    },
 }
 
 
@@ -61,7 +67,7 @@ def batches_of(config, micro_batch, rank=0, size=1):
     return TokenBatches(tokens, config.data.seq_len, micro_batch, config.seed, rank, size, config.data.packed)
 
 
-def check(config, precision, tolerance):
+def check(config, precision, tolerance, mode):
     """Two steps, so that the second starts from weights that the sharded optimizer wrote."""
     ranks = Ranks(config)
     ranks.start(CPU)
@@ -70,6 +76,7 @@ def check(config, precision, tolerance):
     parallelize(many, ranks, CPU, precision)
     for (name, a), b in zip(one.named_parameters(), many.parameters()):
         assert torch.equal(full(b), a), name
+    recompute(many, mode)
     optimizers = [adamw(m, config.optim) for m in (one, many)]
     order, own = batches_of(config, 8), batches_of(config, ranks.micro_batch, ranks.data_rank, ranks.data_size)
     for _ in range(2):
@@ -131,7 +138,8 @@ def main(data):
         # float32: sums in another order. bf16: the gathered weights are rounded as autocast rounds them, each
         # micro-batch's gradient of a weight too, but it is other tokens that share a sum before that rounding.
         precision, tolerance = ("bf16", 2e-2) if "bf16" in name else ("fp32", 1e-5)
-        check(config_of(data, name, parallel), precision, tolerance)
+        mode = next((mode for mode in ("selective", "full") if mode in name), "none")
+        check(config_of(data, name, parallel), precision, tolerance, mode)
         if name == "bf16":
             check_dtypes(config_of(data, name, parallel))
     if os.environ["RANK"] == "0":

@@ -8,10 +8,10 @@ import ranks
 WORKER = Path(__file__).with_name("sharding_worker.py")
 
 
-TWO = "fsdp tied bf16 packed context tensor tensor-kda tensor-gdn"
-FOUR = "fsdp hsdp context-packed tensor-bf16"
+TWO = "fsdp tied bf16 packed context-full tensor tensor-kda-full tensor-gdn-selective"
+FOUR = "fsdp hsdp-full context-packed-selective tensor-bf16"
 
 
 @pytest.mark.parametrize(("size", "scenarios"), [(2, TWO), (4, FOUR)])
 def test_sharded_model_is_one_model(shards, size, scenarios):
-    assert f"checked {scenarios}\n" in ranks.run(size, WORKER, shards)
+    assert f"checked {scenarios}\n" in ranks.run_well(size, WORKER, shards)

@@ -147,31 +147,44 @@ def across_ranks(
 
 
 class _AcrossRanks(torch.autograd.Function):
+    """Keeps inputs only, and runs the rule again in the backward pass: that needs its gradients twice, first those by
+    the outputs, for the other ranks, then those by the state after the part, from them."""
+
     @staticmethod
     def forward(ctx: Any, rule: Rule, context: Context, cu_seqlens: Tensor | None, *inputs: Tensor | None) -> Tensor:
         M, N = affine_map(rule, inputs, cu_seqlens)
         start = context.state_before(M, N)
-        sequences = 1 if cu_seqlens is None else len(cu_seqlens) - 1
-        with torch.enable_grad():
-            leaves = [None if t is None else t.detach().requires_grad_(t.requires_grad) for t in inputs]
-            start.requires_grad_(any(t is not None and t.requires_grad for t in inputs))
-            first = F.pad(start, (0, 0) * 3 + (0, sequences - 1))  # the other sequences of this part start in it
-            o, final = rule(*leaves, initial_state=first, output_final_state=True, cu_seqlens=cu_seqlens)
-            assert final is not None
-            final = final if cu_seqlens is None else final[-1:]
-        ctx.context, ctx.graph, ctx.M = context, (o, final, start, leaves), M
-        return o.detach()
+        o, _ = rule(*inputs, initial_state=_first(start, cu_seqlens), output_final_state=False, cu_seqlens=cu_seqlens)
+        ctx.save_for_backward(M, start, cu_seqlens, *inputs)
+        device = start.device.type
+        ctx.call = rule, context
+        ctx.autocast = device, torch.get_autocast_dtype(device), torch.is_autocast_enabled(device)
+        return o
 
     @staticmethod
     def backward(ctx: Any, do: Tensor) -> tuple[Tensor | None, ...]:
-        o, final, start, leaves = ctx.graph
-        wanted = [t for t in leaves if t is not None and t.requires_grad]
+        M, start, cu_seqlens, *inputs = ctx.saved_tensors
+        rule, context = ctx.call
+        needed = ctx.needs_input_grad[3:]
+        with torch.enable_grad(), torch.autocast(*ctx.autocast):
+            leaves = [None if t is None else t.detach().requires_grad_(grad) for t, grad in zip(inputs, needed)]
+            start = start.detach().requires_grad_()
+            first = _first(start, cu_seqlens)
+            o, final = rule(*leaves, initial_state=first, output_final_state=True, cu_seqlens=cu_seqlens)
+            assert final is not None
+            final = final if cu_seqlens is None else final[-1:]
+        wanted = [t for t, grad in zip(leaves, needed) if grad and t is not None]
         *by_outputs, own = torch.autograd.grad(o, [*wanted, start], do, retain_graph=True)
-        d_final = ctx.context.gradient_after(ctx.M, own)
-        by_state = torch.autograd.grad(final, wanted, d_final.to(final.dtype), allow_unused=True)
-        ctx.graph = None
+        after = context.gradient_after(M, own).to(final.dtype)
+        by_state = torch.autograd.grad(final, wanted, after, allow_unused=True)
         sums = iter([a if b is None else a + b for a, b in zip(by_outputs, by_state)])
-        return None, None, None, *(next(sums) if t is not None and t.requires_grad else None for t in leaves)
+        return None, None, None, *(next(sums) if grad else None for grad in needed)
+
+
+def _first(start: Tensor, cu_seqlens: Tensor | None) -> Tensor:
+    """The states before the sequences of this part, all but the first of which start in it."""
+    others = 0 if cu_seqlens is None else len(cu_seqlens) - 2
+    return F.pad(start, (0, 0) * 3 + (0, others))
 
 
 @torch.no_grad()

@@ -23,7 +23,7 @@ from gdn2.info import describe
 from gdn2.model import LanguageModel
 from gdn2.training import checkpoint
 from gdn2.training.checkpoint import CheckpointError
-from gdn2.training.distributed import Ranks
+from gdn2.training.distributed import RankLostError, Ranks
 from gdn2.training.logs import Log, check_logs, open_logs
 from gdn2.training.metrics import Display, MetricsFile, Row, inspect, language_scores, validate
 from gdn2.training.optim import build_optimizer, learning_rate
@@ -48,7 +48,7 @@ SCHEDULE = {"train.tokens", "optim.decay_tokens"}
 
 
 class TrainingError(RuntimeError):
-    """Training cannot go on: its numbers have stopped being finite."""
+    """Training cannot go on: its numbers have stopped being finite, or another process of the run is gone."""
 
 
 class Outcome(NamedTuple):
@@ -88,11 +88,15 @@ def train(config: RunConfig, run_dir: str | Path, resume: bool = False, stream: 
     training, before anything is written;
     CheckpointError for a damaged or unwritable checkpoint; TrainingError when `train.max_bad_steps` steps in a row
     had a loss or gradient that is not finite (such steps are skipped and counted, the weights stay as they were), or
-    when what would be saved is not finite; RankLostError when another process is gone.
+    when what would be saved is not finite, or when another process of the run is gone.
     """
     check_parallel(config)
-    with Ranks(config) as ranks, FolderLock(Path(run_dir)) if ranks.main else nullcontext() as lock:
-        return run(config, Path(run_dir), resume, stream, ranks, None if lock is None else lock.left_by)
+    run_dir = Path(run_dir)
+    try:
+        with Ranks(config) as ranks, FolderLock(run_dir) if ranks.main else nullcontext() as lock:
+            return run(config, run_dir, resume, stream, ranks, None if lock is None else lock.left_by)
+    except RankLostError as error:
+        raise TrainingError(f"{error}; {newest(run_dir)}; go on with: gdn2 train --run {run_dir} --resume") from error
 
 
 def run(
