@@ -65,7 +65,7 @@ class FolderLock:
         (self._folder / NAME).unlink(missing_ok=True)
         os.close(self._file)
         self._file = None
-        if not any(self._folder.iterdir()):
+        if self._folder.is_dir() and not any(self._folder.iterdir()):
             self._folder.rmdir()
 
 

@@ -112,7 +112,7 @@ def run(
         shards.verify()
     tokenizer = load_tokenizer(shards.path)
     check_vocabulary(config, shards)
-    source = {"train_sha256": shards.meta.sha256["train.bin"], "precision": precision}
+    source = {"train_sha256": shards.meta.digest("train"), "precision": precision}
     cut = (config.data.seq_len, ranks.micro_batch, config.seed, ranks.data_rank, ranks.data_size)
     batches = TokenBatches(shards.split("train"), *cut, packed=config.data.packed)
     val_batches = TokenBatches(shards.split("val"), *cut, packed=config.data.packed)
