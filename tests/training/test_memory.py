@@ -133,3 +133,30 @@ def test_a_gpu_is_planned_for_without_one(make_config: MakeConfig, mode: str, mi
     if mode == "none" and mixer == "gdn2":
         assert gpu.activations < 0.9 * cpu.activations
     assert not is_planning()
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("mode", RECOMPUTE)
+def test_peak_on_a_gpu_is_the_planned_one(make_config: MakeConfig, mode: str) -> None:
+    """150M parameters in bfloat16, the optimizer's states there; torch's own count, in which a context has no part."""
+    preset = ("preset=gdn2-hybrid-150m", "model.num_layers=18", "model.d_model=768", "model.mlp_width=2256")
+    heads = ("model.num_heads=6", "model.key_dim=128", "model.value_dim=128", "model.attention_heads=6")
+    size = ("model.window=2048", "model.vocab_size=32000", "data.seq_len=4096", "train.micro_batch=4")
+    config = make_config(*preset, *heads, *size, "train.batch_tokens=32768", "train.tokens=65536",
+                         "optim.warmup_tokens=0", f"train.recompute={mode}")  # fmt: skip
+    device = torch.device("cuda")
+    model = LanguageModel(config.model).to(device)
+    recompute(model, mode)
+    optimizer = build_optimizer(model, config.optim)
+    tokens = torch.randint(0, 32_000, (4, 4_096), device=device)
+    for step in range(2):
+        if step == 1:
+            torch.cuda.reset_peak_memory_stats()
+        for _ in range(2):
+            with torch.autocast("cuda", torch.bfloat16):
+                loss = model.loss(tokens, tokens)
+            loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert estimate(config, mode, True, "bf16").peak == pytest.approx(torch.cuda.max_memory_allocated(), rel=0.15)

@@ -46,6 +46,7 @@ def train(
     rate: Annotated[
         float | None, typer.Option(help="With --dry-run: tokens per second that are expected, for the time.")
     ] = None,
+    devices: Annotated[int, typer.Option(min=1, help="With --dry-run: devices to plan for.")] = 1,
     keys: Annotated[
         bool, typer.Option("--keys", callback=show_keys, is_eager=True, help="List settings and presets, and leave.")
     ] = False,
@@ -59,7 +60,7 @@ def train(
       gdn2 train --preset gdn2-hybrid-tiny --run runs/first data.path=corpora/stdlib
       gdn2 train config.yaml --run runs/second optim.lr=1e-3 train.tokens=5000000
       gdn2 train --run runs/second --resume
-      gdn2 train --preset gdn2-1.3b --run runs/large --dry-run train.device=cuda --rate 45000
+      gdn2 train examples/paper.yaml --run runs/paper --dry-run --devices 8 --rate 350000
       torchrun --nproc-per-node 8 -m gdn2 train config.yaml --run-dir runs/third
 
     torchrun takes --run for an option of its own: with it, say --run-dir.
@@ -85,7 +86,7 @@ def train(
     if dry_run:
         from gdn2.training.plan import show
 
-        typer.echo(show(config, run, rate))
+        typer.echo(show(config, run, rate, devices))
         return
     try:
         outcome = train(config, run, resume)

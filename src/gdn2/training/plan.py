@@ -1,13 +1,14 @@
 """`gdn2 train --dry-run`: what a run will cost, before anything is allocated."""
 
 import shutil
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
-from gdn2.config import RECOMPUTE, ConfigError, RunConfig
+from gdn2.config import RECOMPUTE, ConfigError, RunConfig, require
 from gdn2.data import Shards
 from gdn2.info import ModelInfo, describe
 from gdn2.training.memory import Memory, estimate
+from gdn2.training.throughput import mfu
 
 GIB = 2**30
 
@@ -19,7 +20,7 @@ class Plan:
     model: parameters and FLOPs, of sequences of `data.seq_len` tokens.
     steps, tokens: of the whole run.
     flops: of all tokens together; recomputed activations are not counted.
-    memory: bytes on the device, by `train.recompute`.
+    memory: bytes on one device, by `train.recompute`.
     checkpoint: bytes of one.
     """
 
@@ -31,14 +32,54 @@ class Plan:
     checkpoint: int
 
 
-def plan(config: RunConfig) -> Plan:
-    """Count and estimate; "cuda" need not be there: it is planned for all the same."""
+def plan(config: RunConfig, devices: int = 1) -> Plan:
+    """Count and estimate, memory for one of `devices`; "cuda" need not be there: it is planned for all the same.
+
+    ConfigError where the configuration does not fit so many.
+    """
     on_gpu, precision = target(config)
     model = describe(config.model, config.data.seq_len)
     tokens = config.steps * config.train.batch_tokens
-    memory = {mode: estimate(config, mode, on_gpu, precision) for mode in RECOMPUTE}
-    now = memory[config.train.recompute]
+    own = share_of_one(config, devices)
+    whole = {mode: estimate(own, mode, on_gpu, precision) for mode in RECOMPUTE}
+    now = whole[config.train.recompute]
+    memory = {mode: sharded(found, config, devices, precision) for mode, found in whole.items()}
     return Plan(model, config.steps, tokens, tokens * model.training_flops, memory, now.weights + now.optimizer)
+
+
+def share_of_one(config: RunConfig, devices: int) -> RunConfig:
+    """A configuration whose micro-batches and batch are those of one of `devices`."""
+    replicas, shards, context, _ = config.parallel.sizes(devices)
+    length, train = config.data.seq_len, config.train
+    readers = replicas * shards
+    require(
+        train.batch_tokens % (length * readers) == 0 and length % context == 0, "train.batch_tokens",
+        train.batch_tokens,
+        f"a multiple of data.seq_len for each of {readers} ranks, and that one of {context} parts",
+    )  # fmt: skip
+    sequences = train.batch_tokens // length // readers
+    micro_batch = next(n for n in range(min(train.micro_batch, sequences), 0, -1) if sequences % n == 0)
+    tokens = sequences * length // context
+    return replace(
+        config,
+        data=replace(config.data, seq_len=length // context),
+        optim=replace(config.optim, warmup_tokens=0, decay_tokens=0),
+        train=replace(train, tokens=tokens, batch_tokens=tokens, micro_batch=micro_batch),
+    )
+
+
+def sharded(found: Memory, config: RunConfig, devices: int, precision: str) -> Memory:
+    """Weights, gradients and optimizer shared out over shards and tensor-parallel ranks, and what is gathered for use:
+    embedding, head and two blocks with their gradients. Activations are taken as if tensor parallelism split none."""
+    _, shards, _, tensor = config.parallel.sizes(devices)
+    if shards * tensor == 1:
+        return found
+    largest = max(part.gradients for kind, part in found.parts.items() if kind != "loss")
+    gathered = found.parts["loss"].gradients + 2 * (largest // (2 if precision == "bf16" else 1)) + 2 * largest
+    weights, gradients, optimizer = (n // (shards * tensor) for n in (found.weights, found.gradients, found.optimizer))
+    saved = found.weights + found.gradients + found.optimizer - weights - gradients - optimizer
+    peak = found.peak - saved + gathered
+    return replace(found, weights=weights, gradients=gradients, optimizer=optimizer, peak=peak)
 
 
 def target(config: RunConfig) -> tuple[bool, str]:
@@ -50,23 +91,22 @@ def target(config: RunConfig) -> tuple[bool, str]:
     return on_gpu, ("bf16" if on_gpu else "fp32") if precision == "auto" else precision
 
 
-def show(config: RunConfig, run_dir: Path, rate: float | None = None, peak: float | None = None) -> str:
-    """The plan as text. `rate` in tokens per second gives the time, `peak` in FLOPs per second the share of it."""
-    costs, train = plan(config), config.train
+def show(config: RunConfig, run_dir: Path, rate: float | None = None, devices: int = 1) -> str:
+    """The plan as text. `rate`, tokens per second of all devices together, gives the time."""
+    costs, train = plan(config, devices), config.train
     now = costs.memory[train.recompute]
     on_gpu, precision = target(config)
-    sequences = train.micro_batch * config.data.seq_len
-    parts = train.batch_tokens // sequences
+    one = share_of_one(config, devices)
+    parts = one.train.batch_tokens // (one.train.micro_batch * one.data.seq_len)
+    each = f"{parts:,} x {one.train.micro_batch} sequences of {one.data.seq_len:,}"
+    where = f"{devices} {'GPU' if on_gpu else 'CPU'}{'s' * (devices > 1)}"
     lines = [
         ("model", f"{costs.model.parameters:,} parameters, {costs.model.block_parameters:,} in the blocks"),
         ("arithmetic", f"{costs.model.training_flops:,.0f} FLOPs per token, {costs.flops:.3e} in all"),
-        (
-            "batch",
-            f"{train.batch_tokens:,} tokens: {parts:,} x {train.micro_batch} sequences of {config.data.seq_len:,}",
-        ),
+        ("batch", f"{train.batch_tokens:,} tokens: {each}{' on each device' * (devices > 1)}"),
         ("steps", f"{costs.steps:,}, {costs.tokens:,} tokens"),
         ("data", data_line(config, costs.tokens)),
-        ("memory", f"{size(now.peak)} at most, {'GPU' if on_gpu else 'CPU'}, {precision}"),
+        ("memory", f"{size(now.peak)} at most{' on each' * (devices > 1)} of {where}, {precision}"),
         ("  weights", f"{size(now.weights)}, and as much for gradients"),
         ("  optimizer", size(now.optimizer)),
     ]
@@ -87,7 +127,10 @@ def show(config: RunConfig, run_dir: Path, rate: float | None = None, peak: floa
     if rate is None:
         lines.append(("time", "unknown; --rate TOKENS_PER_SECOND tells"))
     else:
-        share = "" if peak is None else f", {100 * rate * costs.model.training_flops / peak:.1f} % of the device's peak"
+        peak = train.peak_flops
+        share = (
+            "" if peak is None else f", {mfu(rate / devices, costs.model.training_flops, peak):.1%} of train.peak_flops"
+        )
         lines.append(("time", f"{duration(costs.tokens / rate)} at {rate:,.0f} tokens/s{share}"))
     return "\n".join(f"{name:<22}{text}" for name, text in lines)
 
