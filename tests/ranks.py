@@ -14,6 +14,8 @@ import tempfile
 import traceback
 from pathlib import Path
 
+import torch
+
 TESTS = Path(__file__).parent
 TIMEOUT = 240  # seconds for a script; far above what any takes
 
@@ -24,10 +26,13 @@ def run(size, script, *arguments):
     """(exit codes of the ranks of ``python SCRIPT ARGUMENTS``, all they print)."""
     global _server
     if _server is None:
-        env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(TESTS), "PYTHONWARNINGS": "error::UserWarning"}
+        env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(TESTS)}
+        env["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"  # a process that has asked CUDA itself must not fork
+        if torch.cuda.device_count() == 0:  # NCCL warns of what is meant
+            env["PYTHONWARNINGS"] = "error::UserWarning"
         pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True, "start_new_session": True}
         _server = subprocess.Popen([sys.executable, __file__], **pipes, env=env)
-        atexit.register(_server.kill)
+        atexit.register(stop)
     with tempfile.NamedTemporaryFile("r") as out:
         job = {"size": size, "script": str(script), "arguments": [str(a) for a in arguments], "out": out.name}
         print(json.dumps(job), file=_server.stdin, flush=True)
@@ -40,6 +45,13 @@ def run_well(size, script, *arguments):
     codes, out = run(size, script, *arguments)
     assert codes == [0] * size, f"exit codes {codes}\n{out}"
     return out
+
+
+def stop():
+    """End the server: it does when it can read no more."""
+    _server.stdin.close()
+    _server.stdout.close()
+    _server.wait()
 
 
 def serve():

@@ -112,14 +112,17 @@ def main():
     dist.init_process_group("gloo")
     context = Context(dist.group.WORLD)
     check_map()
+    checked = 0
     for packing, cuts in PACKED.items():
         check_operator(context, packing, cuts)
         for name, make in MIXERS.items():
-            check_mixer(context, f"{name}, {packing}", make, cuts)
+            if packing in ("whole", "many") or name in ("gdn2", "window 12", "full"):
+                check_mixer(context, f"{name}, {packing}", make, cuts)
+                checked += 1
     dist.barrier()
     dist.destroy_process_group()
     if os.environ["RANK"] == "0":
-        print("checked", len(PACKED) * len(MIXERS), flush=True)
+        print("checked", checked, flush=True)
 
 
 main()

@@ -202,9 +202,9 @@ def affine_map(rule: Rule, inputs: Sequence[Tensor | None], cu_seqlens: Tensor |
     (B, T, H, K), HV = k.shape, v.shape[2]
     _, N = rule(*inputs, output_final_state=True)
     silent = list(inputs)
-    silent[2] = v.new_zeros(1, 1, 1, 1).expand(B, T, H, K)
+    silent[2] = v.new_zeros(B, T, H, K)
     write = inputs[WRITE]
-    silent[WRITE] = None if write is None else write[:, :, :H, :1]
+    silent[WRITE] = None if write is None else write[:, :, :H, :1].contiguous()
     assert N is not None
     identity = torch.eye(K, dtype=N.dtype, device=N.device).expand(B, H, K, K)
     _, M = rule(*silent, initial_state=identity, output_final_state=True)

@@ -120,7 +120,7 @@ class Ranks:
         if self.mesh is None:
             return
         if error is None:
-            dist.barrier()  # nobody leaves while another may still ask for something
+            self.barrier()  # nobody leaves while another may still ask for something
             dist.destroy_process_group()
         elif is_lost(error):
             raise RankLostError(
@@ -130,8 +130,7 @@ class Ranks:
 
     def barrier(self) -> None:
         """Wait for all ranks."""
-        if self.mesh is not None:
-            dist.barrier()
+        self.any(False)
 
     def sum(self, values: Sequence[float]) -> list[float]:
         """Sums over all tokens of the step: `values` are sums over this rank's own. Exact for integers below 2^53."""
@@ -156,6 +155,14 @@ class Ranks:
         flags = torch.tensor(int(flag))
         dist.all_reduce(flags, dist.ReduceOp.MAX)
         return bool(flags)
+
+    def gather(self, value: float) -> list[float]:
+        """The value of each rank."""
+        if self.mesh is None:
+            return [value]
+        values = [torch.zeros((), dtype=torch.float64) for _ in range(self.size)]
+        dist.all_gather(values, torch.tensor(value, dtype=torch.float64))
+        return [float(v) for v in values]
 
     def own_tokens(self, batch: Batch) -> Batch:
         """This rank's part of its batch, whose passes must follow before that of another."""
