@@ -47,7 +47,8 @@ def config_of(data, name, parallel):
         "preset=gdn2-hybrid-tiny", "model.num_layers=2", "model.d_model=16", "model.mlp_width=20", "model.num_heads=2",
         "model.key_dim=8", "model.value_dim=8", "model.attention_heads=2", "model.window=16", f"data.path={data}",
         f"model.tie_embeddings={name == 'tied'}", f"data.packed={'packed' in name}", "data.seq_len=32",
-        "train.micro_batch=2", "train.batch_tokens=512", f"train.device={KIND}", "seed=7",
+        f"train.micro_batch={1 if name in ('fsdp', 'hsdp-full') else 2}", "train.batch_tokens=256",
+        f"train.device={KIND}", "seed=7",
     ]  # fmt: skip
     for mixer in ("kda", "gdn"):
         settings += [f"model.mixer={mixer}"] if mixer in name else []
@@ -80,7 +81,7 @@ def check(config, precision, tolerance, mode):
         assert torch.equal(full(b), a), name
     recompute(many, mode)
     optimizers = [adamw(m, config.optim) for m in (one, many)]
-    order, own = batches_of(config, 8), batches_of(config, ranks.micro_batch, ranks.data_rank, ranks.data_size)
+    order, own = batches_of(config, 4), batches_of(config, ranks.micro_batch, ranks.data_rank, ranks.data_size)
     for _ in range(2):
         batches = [next(order) for _ in range(2)]
         count = sum(int((b.targets >= 0).sum()) for b in batches)

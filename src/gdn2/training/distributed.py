@@ -117,7 +117,7 @@ class Ranks:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if self.mesh is None:
+        if self.size == 1:
             return
         if error is None:
             self.barrier()  # nobody leaves while another may still ask for something
