@@ -206,7 +206,7 @@ def affine_map(rule: Rule, inputs: Sequence[Tensor | None], cu_seqlens: Tensor |
     write = inputs[WRITE]
     silent[WRITE] = None if write is None else write[:, :, :H, :1].contiguous()
     assert N is not None
-    identity = torch.eye(K, dtype=N.dtype, device=N.device).expand(B, H, K, K)
+    identity = torch.eye(K, dtype=N.dtype, device=N.device).repeat(B, H, 1, 1)
     _, M = rule(*silent, initial_state=identity, output_final_state=True)
     assert M is not None
     return M.repeat_interleave(HV // H, dim=1), N
