@@ -245,10 +245,7 @@ class TrainConfig:
 
 @dataclass(frozen=True)
 class ParallelConfig:
-    """How the processes of `torchrun` divide the work; their number is replicas * shards * context * tensor.
-
-    One process ignores none of it: it must come out as 1.
-    """
+    """How the processes of `torchrun` divide the work; replicas * shards * context * tensor is their number."""
 
     shards: int | None = opt(None, "FSDP: ranks that share out the weights; null for all that the others leave")
     replicas: int = opt(1, "HSDP: groups of shards, each with all of the weights; for several nodes")

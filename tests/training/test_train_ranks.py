@@ -85,18 +85,18 @@ def test_one_then_two_then_one_process_is_one_run(make_config, tmp_path):
 
 
 def test_every_kind_of_parallelism_saves_what_the_others_read(make_config, tmp_path):
-    """Four steps on four ranks with shards and tensors, four more with replicas: rows and weights of one process."""
+    """Four steps on four ranks with replicas, four more with shards and tensors: rows and weights of one process."""
     settings = ["train.batch_tokens=256", "train.tokens=2048", "train.keep_last=1", "train.keep_every=4"]
     settings += ["train.checkpoint_every=4", "train.eval_every=4", "train.log_every=1"]
     settings += ["model.num_heads=2", "model.attention_heads=2"]
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     train(make_config(*settings), whole)
-    codes, out = new_run(4, "", make_config(*settings, "parallel.tensor=2"), parts)
+    codes, out = new_run(4, "", make_config(*settings, "parallel.replicas=2"), parts)
     assert codes == [0] * 4, out
     assert_near(weights(whole, 4), weights(parts, 4))  # a milestone: there in spite of keep_last
     assert_near(weights(whole, 8), weights(parts, 8))
     drop(parts, 8)
-    codes, out = ranks.run(4, WORKER, "", "--run", parts, "--resume", "parallel.tensor=1", "parallel.replicas=2")
+    codes, out = ranks.run(4, WORKER, "", "--run", parts, "--resume", "parallel.replicas=1", "parallel.tensor=2")
     assert codes == [0] * 4, out
     assert_near(weights(whole, 8), weights(parts, 8))
     assert_same_rows(whole, parts)

@@ -23,6 +23,12 @@ def check_parallel(config: RunConfig) -> None:
                     f"0 with parallel.{name} {ranks}")  # fmt: skip
             require(not config.train.compile, "train.compile", config.train.compile,
                     f"false with parallel.{name} {ranks}")  # fmt: skip
+    split = {"mlp_width": model.mlp_width}
+    split |= {"num_heads": model.num_heads} if "mixer" in model.cell else {}
+    split |= {"attention_heads": model.attention_heads} if "attention" in model.cell else {}
+    for name, number in sorted(split.items(), reverse=True):
+        require(number % parallel.tensor == 0, f"model.{name}", number,
+                f"a multiple of parallel.tensor, {parallel.tensor}")  # fmt: skip
 
 
 def parallelize(model: LanguageModel, ranks: Ranks, device: torch.device, precision: str) -> None:

@@ -10,7 +10,7 @@ In the background, tensors are copied first, then written by a thread with a pro
 
 import shutil
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from datetime import timedelta
 from pathlib import Path
@@ -19,6 +19,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceStorageWriter
@@ -60,44 +61,48 @@ class ShardedCheckpoints:
             pending.result()
 
     def _write(self, step: int, weights: Tensors, optimizer: Tensors, trainer: dict[str, Any]) -> None:
-        main, run_dir = self._ranks.main, self._run_dir
-        temporary = run_dir / "checkpoints" / f".step_{step:08d}"
-        if main:
-            checkpoint.begin(run_dir, step)
-        error: BaseException | None = None
-        sha256: dict[str, str] = {}
+        temporary = self._run_dir / "checkpoints" / f".step_{step:08d}"
+        # What a killed run left is gone before anyone writes.
+        self._first_rank_does(temporary, lambda: checkpoint.begin(self._run_dir, step))
+        error, sha256 = None, {}
         try:
             for name, tensors in (("model", weights), ("optimizer", optimizer)):
                 writer = HuggingFaceStorageWriter(str(temporary / name), save_distributed=True)
                 dcp.save(tensors, storage_writer=writer, process_group=self._group)
-            own = [p for p in (temporary / "optimizer").iterdir() if _rank_of(p) == self._ranks.rank]
-            for path in own:
-                checkpoint.flush(path)
-                sha256[str(path.relative_to(temporary))] = sha256_of(path)
-        except CheckpointException as failure:  # every rank has it
-            if main:
-                raise checkpoint.unwritten(temporary, _first(failure)) from failure
-            raise CheckpointError(f"a checkpoint could not be written ({_first(failure)})") from failure
+            for path in (temporary / "optimizer").iterdir():
+                if _rank_of(path) == self._ranks.rank:
+                    checkpoint.flush(path)
+                    sha256[str(path.relative_to(temporary))] = sha256_of(path)
+        except CheckpointException as failure:  # on every rank
+            error = str(_first(failure))
         except OSError as failure:
-            error = failure
-        reports: list[Any] = [None] * self._ranks.size
-        dist.all_gather_object(reports, (sha256, None if error is None else str(error)), group=self._group)
-        outcome: list[Any] = [next((failed for _, failed in reports if failed), None)]
-        if main and outcome[0] is None:
+            error = str(failure)
+        reports: list[tuple[str | None, dict[str, str]]] = [(None, {})] * self._ranks.size
+        dist.all_gather_object(reports, (error, sha256), group=self._group)
+        failed = next((message for message, _ in reports if message is not None), None)
+
+        def finish() -> None:
+            if failed is not None:
+                raise OSError(failed)
+            _join_shares(temporary / "model", weights)
+            checkpoint.flush(temporary / "optimizer")
+            everyone = {name: digest for _, some in reports for name, digest in some.items()}
+            checkpoint.finish(temporary, trainer, self._config, self._tokenizer, everyone)
+            checkpoint.delete_old(self._run_dir, self._config)
+
+        self._first_rank_does(temporary, finish)
+
+    def _first_rank_does(self, temporary: Path, action: Callable[[], object]) -> None:
+        """All wait for it. CheckpointError on all ranks where it fails."""
+        outcome: list[str | None] = [None]
+        if self._ranks.main:
             try:
-                _join_shares(temporary / "model", weights)
-                checkpoint.flush(temporary / "optimizer")
-                everyone = {name: digest for some, _ in reports for name, digest in some.items()}
-                checkpoint.finish(temporary, trainer, self._config, self._tokenizer, everyone)
-                checkpoint.delete_old(run_dir, self._config)
-            except OSError as failure:
-                outcome = [str(failure)]
+                action()
+            except (OSError, SafetensorError) as failure:
+                outcome = [str(checkpoint.unwritten(temporary, failure))]
         dist.broadcast_object_list(outcome, src=0, group=self._group)
         if outcome[0] is not None:
-            reason = OSError(outcome[0])
-            if main:
-                raise checkpoint.unwritten(temporary, reason)
-            raise CheckpointError(f"a checkpoint could not be written ({reason})")
+            raise CheckpointError(outcome[0])
 
 
 def load(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
@@ -105,7 +110,7 @@ def load(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> No
 
     Each process reads what it keeps. CheckpointError where names or shapes do not fit.
     """
-    weights = checkpoint.parameters(model)
+    weights: Tensors = {name: parameter.detach() for name, parameter in model.named_parameters()}
     states: Tensors = {}
     for name, parameter in model.named_parameters():
         for what, tensor in _empty_state(optimizer, parameter).items():

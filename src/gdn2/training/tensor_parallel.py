@@ -21,7 +21,6 @@ from torch.distributed.tensor.parallel import (
     parallelize_module,
 )
 
-from gdn2.config import ConfigError
 from gdn2.layers import SlidingWindowAttention
 from gdn2.layers.delta import DeltaMixer
 from gdn2.model import Block, LanguageModel
@@ -34,7 +33,7 @@ SHARED = (Replicate(), Partial())
 def split_tensors(model: LanguageModel, mesh: DeviceMesh) -> None:
     """Split the layers of a model over the ranks of a mesh of one axis, in place.
 
-    ConfigError where heads or MLP channels do not divide by their number.
+    Heads and MLP channels divide by their number: see `parallel.check_parallel`.
     """
     size = mesh.size()
     for block in model.blocks:
@@ -43,15 +42,14 @@ def split_tensors(model: LanguageModel, mesh: DeviceMesh) -> None:
         if isinstance(mixer, DeltaMixer):
             _split_delta(mixer, mesh, size)
         elif isinstance(mixer, SlidingWindowAttention):
-            mixer.num_heads = _share(mixer.num_heads, size, "model.attention_heads")
+            mixer.num_heads = mixer.num_heads // size
             _apply(mixer, mesh, 4, ["q_proj", "k_proj", "v_proj"], "out_proj")
-        _share(block.mlp.gate.out_features, size, "model.mlp_width")
         _apply(block.mlp, mesh, 1, ["gate", "up"], "down")
 
 
 def _split_delta(mixer: DeltaMixer, mesh: DeviceMesh, size: int) -> None:
-    heads = mixer.num_heads = _share(mixer.num_heads, size, "model.num_heads")
-    value_heads = mixer.num_value_heads = _share(mixer.num_value_heads, size, "model.num_value_heads")
+    heads = mixer.num_heads = mixer.num_heads // size
+    value_heads = mixer.num_value_heads = mixer.num_value_heads // size
     gates: Any = mixer.gates
     if hasattr(gates, "key_shape"):
         gates.key_shape, gates.value_shape = (heads, mixer.key_dim), (value_heads, mixer.value_dim)
@@ -76,12 +74,6 @@ def _split_delta(mixer: DeltaMixer, mesh: DeviceMesh, size: int) -> None:
             split.append(name)
     _apply(mixer, mesh, 4, split, "out_proj", whole)
     _use_local(mixer, mesh, [*local, (mixer.norm, "weight", SHARED)])
-
-
-def _share(number: int, size: int, key: str) -> int:
-    if number % size:
-        raise ConfigError(f"{key} is {number}; expected a multiple of parallel.tensor ({size})")
-    return number // size
 
 
 def _apply(
