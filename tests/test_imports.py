@@ -24,7 +24,7 @@ ALLOWED = {
     "info": {"config", "model", "layers"},
     "generate": {"layers", "model"},
     "data": set(),
-    "training": {"config", "data", "generate", "layers", "model"},
+    "training": {"config", "data", "generate", "info", "layers", "model", "ops"},
     "evaluation": {"data", "generate", "model"},
     "integrations": {"__init__", "config", "data", "evaluation", "generate", "layers", "model"},
     "inference": {"data", "generate", "layers", "model", "ops"},

@@ -32,6 +32,9 @@ MIXER_OPTIONS = {
 }
 ROPE_SCALINGS = ("none", "ntk", "yarn")
 BLOCKS = ("mixer", "attention")
+LOGS = ("tensorboard", "wandb")
+OPTIMIZERS = ("adamw", "muon")
+RECOMPUTE = ("none", "selective", "full")  # activation checkpointing
 
 
 class ConfigError(ValueError):
@@ -160,20 +163,24 @@ class DataConfig:
 
 @dataclass(frozen=True)
 class OptimConfig:
-    """AdamW, its groups and its schedule. Lengths of the schedule are in tokens."""
+    """The optimizer, its groups and its schedule. Lengths of the schedule are in tokens."""
 
+    name: str = opt("adamw", "'adamw', or 'muon': Muon for the blocks' matrices, AdamW for the rest")
     lr: float = opt(4e-4, "peak learning rate")
     min_lr_ratio: float = opt(0.1, "last learning rate as a share of the peak")
     schedule: str = opt("cosine", "'cosine', 'wsd' (warm-up, stable, linear decay) or 'constant' (after the warm-up)")
     warmup_tokens: int = opt(0, "tokens of linear warm-up")
     decay_tokens: int = opt(0, "wsd: tokens of the final decay")
     betas: tuple[float, float] = opt((0.9, 0.95), "AdamW's moment decays")
+    momentum: float = opt(0.95, "muon: decay of its momentum, Nesterov's")
     eps: float = opt(1e-8, "AdamW's epsilon")
     weight_decay: float = opt(0.1, "decay of matrices (embeddings too); vectors and the decay gates' own take none")
     clip: float = opt(1.0, "largest gradient norm; 0 turns clipping off")
 
     def __post_init__(self) -> None:
         check_types(self, "optim.")
+        require(self.name in OPTIMIZERS, "optim.name", self.name, f"one of {', '.join(OPTIMIZERS)}")
+        require(0 <= self.momentum < 1, "optim.momentum", self.momentum, "a number in [0, 1)")
         require(0 < self.lr < inf, "optim.lr", self.lr, "a finite number > 0")
         require(0 <= self.min_lr_ratio <= 1, "optim.min_lr_ratio", self.min_lr_ratio, "a number in [0, 1]")
         require(
@@ -197,6 +204,7 @@ class TrainConfig:
     device: str = opt("auto", "'auto' (cuda when present, else cpu), 'cpu', 'cuda' or 'cuda:N'")
     precision: str = opt("auto", "'auto' (bf16 on cuda, else fp32), 'fp32' or 'bf16' (autocast; weights stay fp32)")
     compile: bool = opt(False, "torch.compile each block")
+    recompute: str = opt("none", "what a block's backward pass computes again: 'none', 'selective' or 'full'")
     eval_every: int = opt(100, "steps between validations; 0 only validates at the end")
     eval_tokens: int = opt(65_536, "validation tokens per evaluation")
     sample_every: int = opt(0, "steps between sampled continuations; 0 turns them off")
@@ -204,6 +212,15 @@ class TrainConfig:
     log_every: int = opt(10, "steps between metric rows")
     checkpoint_every: int = opt(200, "steps between checkpoints; one is always written at the end")
     keep_last: int = opt(2, "checkpoints kept; older ones are deleted after a newer one is safe")
+    keep_every: int = opt(0, "steps between milestones: checkpoints never deleted; a multiple of checkpoint_every")
+    background_checkpoints: bool = opt(False, "several processes: write checkpoints while training goes on")
+    watch_every: int = opt(100, "steps between looks at the gates and memories of each layer; 0 turns them off")
+    logs: tuple[str, ...] = opt((), "where metrics go besides metrics.jsonl: 'tensorboard', 'wandb'")
+    wandb_project: str = opt("gdn2", "wandb: the project's name")
+    wandb_offline: bool = opt(False, "wandb: keep everything in the run's folder, for `wandb sync`")
+    peak_flops: float | None = opt(
+        None, "FLOPs per second of one device, for MFU; null takes the maker's, of known GPUs"
+    )
     max_bad_steps: int = opt(10, "non-finite steps in a row after which training stops with an error")
 
     def __post_init__(self) -> None:
@@ -211,10 +228,47 @@ class TrainConfig:
         for name in ("tokens", "batch_tokens", "micro_batch", "eval_tokens", "sample_tokens", "log_every", "keep_last",
                      "max_bad_steps"):  # fmt: skip
             require(getattr(self, name) >= 1, f"train.{name}", getattr(self, name), "an integer >= 1")
-        for name in ("eval_every", "sample_every", "checkpoint_every"):
+        for name in self.logs:
+            require(name in LOGS, "train.logs", name, f"one of {', '.join(LOGS)}")
+        require(self.peak_flops is None or 0 < self.peak_flops < inf, "train.peak_flops", self.peak_flops,
+                "a finite number > 0, or null")  # fmt: skip
+        for name in ("eval_every", "sample_every", "watch_every", "checkpoint_every", "keep_every"):
             require(getattr(self, name) >= 0, f"train.{name}", getattr(self, name), "an integer >= 0")
+        require(
+            self.keep_every == 0 or (self.checkpoint_every > 0 and self.keep_every % self.checkpoint_every == 0),
+            "train.keep_every", self.keep_every, f"a multiple of train.checkpoint_every ({self.checkpoint_every})",
+        )  # fmt: skip
         check_device("train.device", self.device)
         require(self.precision in ("auto", "fp32", "bf16"), "train.precision", self.precision, "auto, fp32 or bf16")
+        require(self.recompute in RECOMPUTE, "train.recompute", self.recompute, f"one of {', '.join(RECOMPUTE)}")
+
+
+@dataclass(frozen=True)
+class ParallelConfig:
+    """How the processes of `torchrun` divide the work; replicas * shards * context * tensor is their number."""
+
+    shards: int | None = opt(None, "FSDP: ranks that share out the weights; null for all that the others leave")
+    replicas: int = opt(1, "HSDP: groups of shards, each with all of the weights; for several nodes")
+    tensor: int = opt(1, "tensor parallelism: ranks that share out heads and MLP channels of each layer")
+    context: int = opt(1, "context parallelism: ranks that share out the tokens of each sequence")
+    timeout: float = opt(600.0, "seconds after which a rank that does not answer ends the run with an error")
+
+    def __post_init__(self) -> None:
+        check_types(self, "parallel.")
+        for name in ("shards", "replicas", "tensor", "context"):
+            value = getattr(self, name)
+            require(value is None or value >= 1, f"parallel.{name}", value, "an integer >= 1")
+        require(0 < self.timeout < inf, "parallel.timeout", self.timeout, "a finite number of seconds > 0")
+
+    def sizes(self, world: int) -> tuple[int, int, int, int]:
+        """(replicas, shards, context, tensor) of a run on `world` processes. ConfigError where they do not fit."""
+        rest = self.replicas * self.context * self.tensor
+        shards = world // rest if self.shards is None else self.shards
+        require(
+            rest * shards == world and shards > 0, "the product of parallel.replicas, shards, context and tensor",
+            rest * max(shards, 1), f"the number of processes, {world}",
+        )  # fmt: skip
+        return self.replicas, shards, self.context, self.tensor
 
 
 @dataclass(frozen=True)
@@ -225,6 +279,7 @@ class RunConfig:
     data: DataConfig = field(default_factory=DataConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
     seed: int = opt(0, "seed of initialisation, data order and sampling")
 
     def __post_init__(self) -> None:

@@ -2,14 +2,15 @@ import importlib
 import io
 import json
 import os
+import time
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from gdn2.data import Shards, load_tokenizer, prepare, show_progress
-from gdn2.data.prepare import Progress
+from gdn2.data import Shards, load_tokenizer, parts, prepare, show_progress
+from gdn2.data.progress import Progress
 from gdn2.data.shards import TokenFile
 from gdn2.data.text import Source
 
@@ -172,7 +173,7 @@ def test_failure_leaves_nothing_behind(
     def fail(*_: object) -> None:
         raise error
 
-    monkeypatch.setattr(module.SplitWriter, "add", fail)
+    monkeypatch.setattr(parts.SplitWriter, "add", fail)
     with pytest.raises(type(error)):
         prepare(tmp_path / "out", [texts])
     assert os.listdir(tmp_path) == ["texts"]
@@ -199,7 +200,7 @@ def test_progress_hears_of_every_document(tmp_path: Path, write_jsonl: JsonlWrit
 
 def test_plain_lines_never_fall_silent_for_long(monkeypatch: pytest.MonkeyPatch) -> None:
     now = 0.0
-    monkeypatch.setattr(module.time, "monotonic", lambda: now)
+    monkeypatch.setattr(time, "monotonic", lambda: now)
     stream = io.StringIO()
     with show_progress(stream) as report:
         for i in range(31):

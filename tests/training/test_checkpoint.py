@@ -83,7 +83,7 @@ def test_newest_are_kept_and_left_overs_go(parts: Parts, tmp_path: Path) -> None
     assert sorted(os.listdir(tmp_path / "checkpoints")) == ["step_00000002", "step_100000000"]
 
 
-@pytest.mark.parametrize("where", ["save_file", "sha256_of", "_flush"])
+@pytest.mark.parametrize("where", ["save_file", "sha256_of", "flush"])
 def test_full_disk_leaves_no_half_checkpoint(
     parts: Parts, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: str
 ) -> None:
@@ -103,7 +103,7 @@ def test_full_disk_leaves_no_half_checkpoint(
     checkpoint.verify(old)
 
 
-@pytest.mark.parametrize("where", ["save_file", "_digest", "_flush"])
+@pytest.mark.parametrize("where", ["save_file", "_digest", "flush"])
 def test_kill_while_saving_leaves_the_old_checkpoint_usable(
     parts: Parts, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: str
 ) -> None:

@@ -1,12 +1,15 @@
 import math
+from dataclasses import replace
 
 import pytest
 import torch
 from torch import nn
 
-from gdn2.config import OptimConfig
+from gdn2.config import ConfigError, OptimConfig
+from gdn2.model import LanguageModel
 from gdn2.presets import preset
-from gdn2.training.optim import adamw, learning_rate
+from gdn2.training.muon import block_matrices
+from gdn2.training.optim import adamw, build_optimizer, groups, learning_rate
 
 WARMUP, TOTAL = 100, 1000
 
@@ -47,8 +50,6 @@ def test_no_warmup_starts_at_the_peak() -> None:
 
 
 def test_only_matrices_decay() -> None:
-    from gdn2.model import LanguageModel
-
     with torch.device("meta"):
         model = LanguageModel(preset("gdn2-hybrid-tiny"))
     optimizer = adamw(model.to_empty(device="cpu"), OptimConfig(weight_decay=0.3))
@@ -74,3 +75,58 @@ def test_decay_shrinks_matrices_alone() -> None:
     adamw(model, OptimConfig(lr=0.1, weight_decay=0.5)).step()
     torch.testing.assert_close(model.weight, before[0] * (1 - 0.1 * 0.5), rtol=2 * math.ulp(1) * 2**29, atol=0)
     assert torch.equal(model.bias, before[1])
+
+
+def small_model() -> LanguageModel:
+    torch.manual_seed(0)
+    return LanguageModel(replace(preset("gdn2-hybrid-tiny"), num_layers=2, d_model=16, mlp_width=24, key_dim=8))
+
+
+def test_muon_takes_the_matrices_of_the_blocks_and_nothing_else() -> None:
+    model = small_model()
+    optimizer = build_optimizer(model, OptimConfig(name="muon", weight_decay=0.3))
+    names = {id(p): name for name, p in model.named_parameters()}
+    muon, decay, plain = ({names[id(p)] for p in group["params"]} for group in optimizer.param_groups)
+    assert muon | decay | plain == set(names.values())
+    assert "blocks.0.mixer.q_proj.weight" in muon
+    assert "blocks.1.mlp.down.weight" in muon
+    assert decay == {"embedding.weight", "head.weight", *(f"blocks.0.mixer.conv_{x}" for x in "qkv")}
+    assert "blocks.0.mixer.gates.decay.rate" in plain
+    assert [group["weight_decay"] for group in optimizer.param_groups] == [0.3, 0.3, 0.0]
+
+
+def test_muon_step_is_torchs_own_and_adamw_the_rest_through_a_saved_state() -> None:
+    """Against the two optimizers run side by side, the second half after a round trip of the state."""
+    config = OptimConfig(name="muon", lr=1e-2)
+    one, two = small_model(), small_model()
+    ours = build_optimizer(one, config)
+    matrices = block_matrices(two)
+    rest = groups([p for p in two.parameters() if all(p is not m for m in matrices)], config)
+    pair = [
+        torch.optim.Muon(matrices, lr=1e-2, weight_decay=0.1, momentum=0.95, adjust_lr_fn="match_rms_adamw"),
+        torch.optim.AdamW(rest, lr=1e-2, betas=config.betas, eps=config.eps, fused=True),
+    ]
+    tokens = torch.randint(0, 257, (2, 20))
+    for step in range(4):
+        for model, optimizers in ((one, [ours]), (two, pair)):
+            model.loss(tokens, tokens).backward()
+            for optimizer in optimizers:
+                for group in optimizer.param_groups:
+                    group["lr"] = 1e-2 / (step + 1)
+                optimizer.step()
+                optimizer.zero_grad()
+        if step == 1:
+            state = ours.state_dict()
+            ours = build_optimizer(one, config)
+            ours.load_state_dict(state)
+    for (name, p), q in zip(one.named_parameters(), two.parameters()):
+        assert torch.equal(p, q), name
+    assert not torch.equal(one.embedding.weight, small_model().embedding.weight)
+    assert set(ours.state[block_matrices(one)[0]]) == {"momentum_buffer"}
+
+
+def test_unknown_optimizer_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"optim\.name is 'sgd'; expected one of adamw, muon"):
+        OptimConfig(name="sgd")
+    with pytest.raises(ConfigError, match=r"optim\.momentum is 1\.0"):
+        OptimConfig(momentum=1.0)

@@ -23,7 +23,7 @@ module = importlib.import_module("gdn2.training.train")  # the package's name fo
 MakeConfig = Callable[..., RunConfig]
 RowsOf = Callable[[Path], list[dict[str, Any]]]
 
-CLOCK = {"elapsed", "tokens_per_second"}
+CLOCK = {"elapsed", "tokens_per_second", "mfu", "memory"}
 
 
 def quiet(config: RunConfig, run_dir: Path, resume: bool = False) -> Outcome:
@@ -72,9 +72,11 @@ def on_batch(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[int, Callabl
     monkeypatch.setattr(TokenBatches, "__next__", plain)
 
 
-@pytest.mark.parametrize("packed", ["false", "true"])
-def test_resumed_run_is_bit_identical(make_config: MakeConfig, tmp_path: Path, packed: str, rows_of: RowsOf) -> None:
-    config = make_config(f"data.packed={packed}")
+@pytest.mark.parametrize(("packed", "name"), [("false", "adamw"), ("true", "adamw"), ("true", "muon")])
+def test_resumed_run_is_bit_identical(
+    make_config: MakeConfig, tmp_path: Path, packed: str, name: str, rows_of: RowsOf
+) -> None:
+    config = make_config(f"data.packed={packed}", f"optim.name={name}")
     quiet(config, tmp_path / "whole")
     shutil.copytree(tmp_path / "whole", tmp_path / "parts")
     shutil.rmtree(tmp_path / "parts" / "checkpoints" / "step_00000020")
@@ -150,7 +152,7 @@ def test_loss_falls_and_rows_are_complete(make_config: MakeConfig, tmp_path: Pat
     assert training[-1]["loss"] < training[0]["loss"] - 1  # 257 classes start near 5.5 nats; these words need about 1
     assert set(training[0]) == {
         "kind", "step", "tokens", "elapsed", "loss", "perplexity", "bits_per_byte", "lr", "grad_norm",
-        "tokens_per_second", "bad_steps",
+        "tokens_per_second", "mfu", "memory", "bad_steps",
     }  # fmt: skip
     val = [row for row in rows if row["kind"] == "val"]
     assert [row["step"] for row in val] == [10, 20, 30, 40, 50, 60]

@@ -20,7 +20,8 @@ Device = Annotated[str, typer.Option(help="auto (a GPU when there is one), cpu, 
 
 
 def leave(error: Exception, code: int) -> NoReturn:
-    typer.echo(f"gdn2: error: {error}", err=True)
+    text = "; ".join([str(error), *getattr(error, "__notes__", ())])
+    typer.echo(f"gdn2: error: {text}", err=True)
     raise SystemExit(code) from error
 
 

@@ -1,5 +1,6 @@
 """`gdn2 train`."""
 
+from math import inf
 from pathlib import Path
 from textwrap import fill
 from typing import Annotated
@@ -22,7 +23,10 @@ def show_keys(wanted: bool) -> None:
 
 
 def train(
-    run: Annotated[Path, typer.Option(help="The run's folder; for a new run empty or not there yet.")],
+    run: Annotated[
+        Path,
+        typer.Option("--run", "--run-dir", help="The run's folder; for a new run empty or not there yet."),
+    ],
     settings: Annotated[
         list[str] | None,
         typer.Argument(
@@ -36,6 +40,13 @@ def train(
     resume: Annotated[
         bool, typer.Option("--resume", help="Go on from the run's newest checkpoint, with its configuration.")
     ] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Say what the run will cost, and leave: nothing is allocated or written.")
+    ] = False,
+    rate: Annotated[
+        float | None, typer.Option(help="With --dry-run: tokens per second that are expected, for the time.")
+    ] = None,
+    devices: Annotated[int, typer.Option(min=1, help="With --dry-run: devices to plan for.")] = 1,
     keys: Annotated[
         bool, typer.Option("--keys", callback=show_keys, is_eager=True, help="List settings and presets, and leave.")
     ] = False,
@@ -49,6 +60,10 @@ def train(
       gdn2 train --preset gdn2-hybrid-tiny --run runs/first data.path=corpora/stdlib
       gdn2 train config.yaml --run runs/second optim.lr=1e-3 train.tokens=5000000
       gdn2 train --run runs/second --resume
+      gdn2 train examples/paper.yaml --run runs/paper --dry-run --devices 8 --rate 350000
+      torchrun --nproc-per-node 8 -m gdn2 train config.yaml --run-dir runs/third
+
+    torchrun takes --run for an option of its own: with it, say --run-dir.
     """
     from gdn2.config import ConfigError, load_run
     from gdn2.presets import preset as named
@@ -65,8 +80,16 @@ def train(
     if preset is not None:
         overrides.insert(0, f"preset={preset}")
     path = run / "config.yaml" if resume else files[0] if files else None
+    config = load_run(path, overrides, named)
+    if rate is not None and not (dry_run and 0 < rate < inf):
+        raise ConfigError(f"--rate is {rate}; expected tokens per second above 0, together with --dry-run")
+    if dry_run:
+        from gdn2.training.plan import show
+
+        typer.echo(show(config, run, rate, devices))
+        return
     try:
-        outcome = train(load_run(path, overrides, named), run, resume)
+        outcome = train(config, run, resume)
     except TrainingError as error:
         leave(error, 1)
     if outcome.interrupted == "SIGINT":

@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -43,9 +43,46 @@ class Meta:
     sources: list[str]
     skipped: list[str]
     sha256: dict[str, str]
+    shard_tokens: int | None = None  # tokens of each of a split's files but the last; None for one file
+
+    def files(self, split: str) -> list[str]:
+        """Names of the files with a split's tokens."""
+        return file_names(split, getattr(self, split).tokens, self.shard_tokens)
+
+    def digest(self, split: str) -> str:
+        """A checksum of a split's tokens: the file's own SHA-256, or one of the list of them."""
+        sums = [self.sha256[name] for name in self.files(split)]
+        return sums[0] if len(sums) == 1 else hashlib.sha256("".join(sums).encode()).hexdigest()
 
     def write(self, folder: Path) -> None:
         (folder / "meta.json").write_text(json.dumps(asdict(self), indent=2) + "\n", encoding="utf-8")
+
+
+def file_names(split: str, tokens: int, shard_tokens: int | None) -> list[str]:
+    """The files that `tokens` tokens of a split lie in."""
+    if shard_tokens is None or tokens <= shard_tokens:
+        return [f"{split}.bin"]
+    return [f"{split}-{i:05d}.bin" for i in range(-(-tokens // shard_tokens))]
+
+
+class JoinedTokens:
+    """Arrays end to end, all but the last of `size` tokens, sliced like one; a slice over several is a copy."""
+
+    def __init__(self, arrays: Sequence[np.ndarray], size: int) -> None:
+        self._arrays, self._size = arrays, size
+
+    def __len__(self) -> int:
+        return self._size * (len(self._arrays) - 1) + len(self._arrays[-1])
+
+    def __getitem__(self, place: slice) -> np.ndarray:
+        start, stop, step = place.indices(len(self))
+        if step != 1:
+            raise ValueError(f"slice {place} of tokens; expected steps of 1")
+        parts = []
+        for i in range(start // self._size, -(-stop // self._size)):
+            first = i * self._size
+            parts.append(self._arrays[i][max(start - first, 0) : stop - first])
+        return parts[0] if len(parts) == 1 else np.concatenate(parts or [self._arrays[0][:0]])
 
 
 def sha256_of(path: Path) -> str:
@@ -56,10 +93,11 @@ def sha256_of(path: Path) -> str:
 
 @dataclass(frozen=True)
 class TokenFile:
-    """One split. `tokens` [n] is a memory map of uint16 or uint32; document i is tokens[offsets[i]:offsets[i + 1]]."""
+    """One split. `tokens` [n], of one or several files, are memory-mapped uint16 or uint32, to be sliced; document i is
+    tokens[offsets[i]:offsets[i + 1]]. `path` is the first file."""
 
     path: Path
-    tokens: np.ndarray
+    tokens: np.ndarray | JoinedTokens
     offsets: np.ndarray
     meta: Meta
     counts: SplitMeta
@@ -115,8 +153,10 @@ class Shards:
 
     def _open(self, split: str) -> TokenFile:
         counts: SplitMeta = getattr(self.meta, split)
-        path = self.path / f"{split}.bin"
-        self._check_size(path, counts.tokens * self._dtype.itemsize)
+        paths = [self.path / name for name in self.meta.files(split)]
+        each = counts.tokens if len(paths) == 1 else self.meta.shard_tokens or counts.tokens
+        for i, path in enumerate(paths):
+            self._check_size(path, min(each, counts.tokens - i * each) * self._dtype.itemsize)
         index = self.path / f"{split}.idx.npy"
         if not index.is_file():
             raise ValueError(f"{str(index)!r} is missing; prepare it again")
@@ -126,7 +166,9 @@ class Shards:
             raise ValueError(f"{str(index)!r} is truncated or no array: {error}") from error
         if offsets.shape != (counts.documents + 1,) or offsets[-1] != counts.tokens:
             raise ValueError(f"{str(index)!r} does not fit meta.json; prepare it again")
-        return TokenFile(path, np.memmap(path, self._dtype, "r"), offsets, self.meta, counts)
+        arrays = [np.memmap(path, self._dtype, "r") for path in paths]
+        tokens = arrays[0] if len(arrays) == 1 else JoinedTokens(arrays, each)
+        return TokenFile(paths[0], tokens, offsets, self.meta, counts)
 
     def _check_size(self, path: Path, expected: int) -> None:
         if not path.is_file():

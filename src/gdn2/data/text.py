@@ -7,7 +7,7 @@ import sysconfig
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 CORPORA = ("stdlib",)
 # Not the library a programmer reads: tests, installed packages, applications, code tables and generated text.
@@ -79,19 +79,20 @@ def describe(sources: Sequence[str | Path], corpus: str | None) -> list[str]:
     return [str(s) for s in sources]
 
 
-def read_documents(source: Source, field: str = "text") -> Iterator[Document]:
+def read_documents(source: Source, field: str = "text", start: int = 0, stop: int | None = None) -> Iterator[Document]:
     """The documents of one file: each record's `field` of .jsonl and .parquet, else the whole file as one.
 
-    A single document must fit in memory; a file of records need not. NotTextError for a text file that is not
-    UTF-8, a broken link and what is no regular file; ValueError with file and line for a record that is not JSON or
-    whose field is missing or no text.
+    A single document must fit in memory; a file of records need not. `start` and `stop` take a range of it: the lines
+    of .jsonl that start at those bytes, the row groups of .parquet. NotTextError for a text file that is not UTF-8, a
+    broken link and what is no regular file; ValueError with file and line for a record that is not JSON or whose field
+    is missing or no text.
     """
     if not source.path.is_file():
         raise NotTextError(f"{source.path}: a broken link, or no regular file")
     if source.path.suffix == ".jsonl":
-        yield from _jsonl(source.path, field)
+        yield from _jsonl(source.path, field, start, stop)
     elif source.path.suffix == ".parquet":
-        yield from _parquet(source.path, field)
+        yield from _parquet(source.path, field, start, stop)
     else:
         try:
             yield Document(source.path.read_bytes().decode("utf-8"), 1.0)
@@ -110,37 +111,65 @@ def _library_files(root: Path) -> list[Path]:
     return [root / path for path in sorted(files) if STDLIB_EXCLUDED.isdisjoint(path.parts)]
 
 
-def _jsonl(path: Path, field: str) -> Iterator[Document]:
-    size, done = path.stat().st_size, 0
+def _jsonl(path: Path, field: str, start: int, stop: int | None) -> Iterator[Document]:
+    stop = path.stat().st_size if stop is None else stop
     with path.open("rb") as lines:
-        for number, line in enumerate(lines, start=1):
-            done += len(line)
-            if not line.strip():
-                continue
-            try:
-                record = json.loads(line)
-            except (ValueError, RecursionError) as error:  # not JSON, not UTF-8, or nested thousands deep
-                raise ValueError(f"{path}:{number}: not a line of JSON: {error}") from error
-            text = record.get(field) if isinstance(record, dict) else None
-            if not isinstance(text, str):
-                raise ValueError(f"{path}:{number}: no text in field {field!r}; expected an object that has it")
-            yield Document(_whole(text, f"{path}:{number}"), done / size)
+        if start:
+            lines.seek(start - 1)
+            lines.readline()  # the rest of a line that the range before has read, or its end alone
+        place, number = lines.tell(), 0
+        while place < stop and (line := lines.readline()):
+            place += len(line)
+            number += 1
+            if line.strip():
+                try:
+                    text = _field(line, field)
+                except ValueError as error:
+                    raise ValueError(f"{path}:{_lines_before(path, start) + number}: {error}") from error
+                yield Document(text, min(1.0, (place - start) / (stop - start)))
 
 
-def _parquet(path: Path, field: str) -> Iterator[Document]:
+def _field(line: bytes, field: str) -> str:
+    try:
+        record = json.loads(line)
+    except (ValueError, RecursionError) as error:  # not JSON, not UTF-8, or nested thousands deep
+        raise ValueError(f"not a line of JSON: {error}") from error
+    text = record.get(field) if isinstance(record, dict) else None
+    if not isinstance(text, str):
+        raise ValueError(f"no text in field {field!r}; expected an object that has it")
+    return whole_text(text)
+
+
+def _lines_before(path: Path, start: int) -> int:
+    """Lines that start before byte `start`; only an error asks."""
+    with path.open("rb") as file:
+        before = file.read(start)
+    return before.count(b"\n") + (not before.endswith(b"\n") and start > 0)
+
+
+def open_parquet(path: Path) -> Any:
+    """ValueError without the package pyarrow, or for a file that is none of Parquet's."""
     try:
         import pyarrow
         import pyarrow.parquet
     except ImportError as error:
         raise ValueError(f"{path}: reading Parquet needs the package pyarrow: pip install 'gdn2[data]'") from error
     try:
-        file = pyarrow.parquet.ParquetFile(path)
+        return pyarrow.parquet.ParquetFile(path)
     except pyarrow.ArrowInvalid as error:
         raise ValueError(f"{path}: not a Parquet file: {error}") from error
-    with file:
+
+
+def _parquet(path: Path, field: str, start: int, stop: int | None) -> Iterator[Document]:
+    with open_parquet(path) as file:
+        import pyarrow
+
         if field not in file.schema_arrow.names:
             raise ValueError(f"{path}: no column {field!r}; expected one of {', '.join(file.schema_arrow.names)}")
-        groups, row = file.iter_batches(batch_size=256, columns=[field]), 0
+        wanted = range(start, file.num_row_groups if stop is None else stop)
+        sizes = [file.metadata.row_group(i).num_rows for i in range(wanted.stop)]
+        first, total = sum(sizes[:start]), sum(sizes[start:])
+        groups, row = file.iter_batches(batch_size=256, columns=[field], row_groups=list(wanted)), first
         while True:
             try:
                 texts = next(groups).column(0).to_pylist()
@@ -152,13 +181,13 @@ def _parquet(path: Path, field: str) -> Iterator[Document]:
                 row += 1
                 if not isinstance(text, str):
                     raise ValueError(f"{path}: row {row} of column {field!r} is {type(text).__name__}; expected text")
-                yield Document(text, row / file.metadata.num_rows)
+                yield Document(text, (row - first) / total)
 
 
-def _whole(text: str, where: str) -> str:
-    """`text`, which JSON's escapes may have given half of a surrogate pair that no UTF-8 can hold."""
+def whole_text(text: str) -> str:
+    """`text`, which JSON's escapes may have given half of a surrogate pair that no UTF-8 can hold: then ValueError."""
     try:
         text.encode("utf-8")
     except UnicodeEncodeError as error:
-        raise ValueError(f"{where}: not Unicode text ({error.reason} at character {error.start})") from error
+        raise ValueError(f"not Unicode text ({error.reason} at character {error.start})") from error
     return text

@@ -7,6 +7,7 @@ memory and work grow linearly with the sequence.
 
 import math
 from itertools import pairwise
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -121,15 +122,31 @@ class SlidingWindowAttention(nn.Module):
         capacity = before.keys.shape[1] + T if self.window is None else self.window
         return y, _remember(before, k, v, starts, lengths, capacity)
 
+    def state_after(self, x: Tensor, position: int) -> AttentionState:
+        """The state of sequences whose last inputs were x, the next of which stands at `position`.
+
+        x [B, n, d_model], n = window or, without one, all `position` inputs; those before the first token count for
+        nothing.
+        """
+        B, n = x.shape[:2]
+        positions = torch.arange(position - n, position, device=x.device)
+        angles = rotary_angles(positions[None], rotary_frequencies(self.head_dim, *self.rope, device=x.device))
+        keys = rotate(self.k_proj(x).unflatten(-1, (self.num_heads, self.head_dim)), angles)
+        values = self.v_proj(x).unflatten(-1, (self.num_heads, self.head_dim))
+        slot = torch.arange(n, device=x.device)
+        order = (slot - position) % max(n, 1)  # which input lies in each slot
+        return AttentionState(keys[:, order], values[:, order], torch.full((B,), position, device=x.device))
+
     def _one_by_one(
         self, x: Tensor, state: AttentionState | None, cu_seqlens: Tensor, output_state: bool
     ) -> tuple[Tensor, AttentionState | None]:
         """Packed sequences that continue, or that look back without limit: each by itself."""
         cuts = cu_seqlens.tolist()
-        outputs, states = [], []
+        outputs: list[Tensor] = []
+        states: list[Any] = []
         for n, (start, end) in enumerate(pairwise(cuts)):
             row = None if state is None else AttentionState(*(t[n : n + 1] for t in state))
-            y, after = self(x[:, start:end], row, output_state=output_state)
+            y, after = SlidingWindowAttention.forward(self, x[:, start:end], row, output_state=output_state)
             outputs.append(y)
             states.append(after)
         if not output_state:

@@ -1,5 +1,8 @@
 """The token mixer of every delta rule, and with its own gates that of Gated DeltaNet-2 (Figure 1, right)."""
 
+from collections.abc import Callable
+from functools import partial
+
 import torch
 from torch import Tensor, nn
 
@@ -11,6 +14,8 @@ from gdn2.ops import gated_delta_rule_2
 from gdn2.ops.fused import fused
 from gdn2.ops.projected import rule_from_projections
 from gdn2.ops.short_conv import short_conv
+
+Rule = Callable[..., tuple[Tensor, Tensor | None]]
 
 
 class DeltaMixer(nn.Module):
@@ -112,27 +117,45 @@ class DeltaMixer(nn.Module):
         check_kind(state, DeltaState)
         count_sequences(x, self.d_model, cu_seqlens)
         tails = (None, None, None) if state is None else state[:3]
-        q, conv_q = short_conv(self.q_proj(x), self.conv_q, tails[0], cu_seqlens, output_state)
-        k, conv_k = short_conv(self.k_proj(x), self.conv_k, tails[1], cu_seqlens, output_state)
-        v, conv_v = short_conv(self.v_proj(x), self.conv_v, tails[2], cu_seqlens, output_state)
+        (q, k, v), after = self.convolve(x, tails, cu_seqlens, output_state)
+        rule, inputs = self.rule(q, k, v, x)
+        o, memory = rule(
+            *inputs, initial_state=None if state is None else state.memory, output_final_state=output_state,
+            cu_seqlens=cu_seqlens,
+        )  # fmt: skip
+        y = self.out_proj(self.read_out(o, x).flatten(-2))
+        if after is None or memory is None:
+            return y, None
+        return y, DeltaState(*after, memory)
+
+    def convolve(
+        self,
+        x: Tensor,
+        tails: tuple[Tensor | None, Tensor | None, Tensor | None],
+        cu_seqlens: Tensor | None,
+        output_tails: bool,
+    ) -> tuple[tuple[Tensor, Tensor, Tensor], tuple[Tensor, Tensor, Tensor] | None]:
+        """q, k [B, T, H, K] and v [B, T, HV, V] of x [B, T, d_model] after the short convolutions, and their tails."""
+        q, conv_q = short_conv(self.q_proj(x), self.conv_q, tails[0], cu_seqlens, output_tails)
+        k, conv_k = short_conv(self.k_proj(x), self.conv_k, tails[1], cu_seqlens, output_tails)
+        v, conv_v = short_conv(self.v_proj(x), self.conv_v, tails[2], cu_seqlens, output_tails)
         q, k = (y.unflatten(-1, (self.num_heads, self.key_dim)) for y in (q, k))
         v = v.unflatten(-1, (self.num_value_heads, self.value_dim))
-        initial_state = None if state is None else state.memory
-        if self.gates.plain:
-            o, memory = rule_from_projections(
-                q, k, v, *self.gates.project(x), *self.gates.decay_parameters(),
-                largest_erase=self.gates.largest_erase, largest_write=self.gates.largest_write,
-                initial_state=initial_state, output_final_state=output_state, cu_seqlens=cu_seqlens,
-            )  # fmt: skip
-        else:
-            o, memory = gated_delta_rule_2(
-                l2_norm(q), l2_norm(k), v, *self.gates(x), initial_state=initial_state,
-                output_final_state=output_state, cu_seqlens=cu_seqlens,
-            )  # fmt: skip
-        y = self.out_proj(self.read_out(o, x).flatten(-2))
-        if conv_q is None or conv_k is None or conv_v is None or memory is None:
-            return y, None
-        return y, DeltaState(conv_q, conv_k, conv_v, memory)
+        if conv_q is None or conv_k is None or conv_v is None:
+            return (q, k, v), None
+        return (q, k, v), (conv_q, conv_k, conv_v)
+
+    def rule(self, q: Tensor, k: Tensor, v: Tensor, x: Tensor) -> tuple[Rule, tuple[Tensor | None, ...]]:
+        """The operator for convolved q, k, v and gates of x, and its inputs: q, k, v, decay, erase, write and others.
+
+        It takes initial_state, output_final_state and cu_seqlens besides.
+        """
+        if not self.gates.plain:
+            return gated_delta_rule_2, (l2_norm(q), l2_norm(k), v, *self.gates(x))
+        rule = partial(
+            rule_from_projections, largest_erase=self.gates.largest_erase, largest_write=self.gates.largest_write
+        )
+        return rule, (q, k, v, *self.gates.project(x), *self.gates.decay_parameters())
 
     def read_out(self, o: Tensor, x: Tensor) -> Tensor:
         """The operator's output [B, T, HV, V], normalised and gated by x [B, T, d_model]."""

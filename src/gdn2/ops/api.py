@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from gdn2.ops import library
+from gdn2.ops.fused import is_planning
 from gdn2.ops.layout import sequence_bounds
 from gdn2.ops.reference import recurrence
 
@@ -43,7 +44,8 @@ def operator(
     if backend not in BACKENDS:
         raise ValueError(f"backend is {backend!r}; expected one of {', '.join(BACKENDS)}")
     if backend == "auto":
-        backend = "torch" if v.device.type != "cuda" or without_kernels(k, v) is not None else "triton"
+        on_gpu = v.device.type == "cuda" or is_planning()
+        backend = "triton" if on_gpu and without_kernels(k, v) is None else "torch"
         _announce(f"backend 'auto' on {v.device.type}: {backend}")
     scale = k.shape[-1] ** -0.5 if scale is None else scale
     if backend == "reference":

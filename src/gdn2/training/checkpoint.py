@@ -3,6 +3,7 @@
     RUN/checkpoints/step_00000200/
         model.safetensors       every parameter
         optimizer.safetensors   AdamW's state, "<what>.<parameter name>"
+        optimizer/              instead of it, where several processes trained: a safetensors file of each one's share
         trainer.json            step, counters, data position, random state, versions, SHA-256 of the other files
         config.yaml             the RunConfig
         tokenizer.json          what `load_tokenizer` needs
@@ -50,42 +51,70 @@ def save(
     config: RunConfig,
     tokenizer: Tokenizer,
 ) -> Path:
-    """Write RUN/checkpoints/step_N, then delete all but the newest `config.train.keep_last`; returns its folder.
+    """Write RUN/checkpoints/step_N, then delete old ones (`delete_old`); returns its folder.
 
     CheckpointError when it cannot be written; then no part of it is left and older checkpoints are untouched.
     """
-    folder = run_dir / "checkpoints" / f"step_{step:08d}"
-    folder.parent.mkdir(exist_ok=True)
-    for left_over in folder.parent.glob(".step_*"):  # of a process killed while it wrote or deleted
-        shutil.rmtree(left_over)
-    temporary = folder.with_name(f".{folder.name}")
+    temporary = begin(run_dir, step)
     try:
         temporary.mkdir()
-        save_file(_parameters(model), temporary / "model.safetensors")
-        save_file(_optimizer_tensors(model, optimizer), temporary / "optimizer.safetensors")
-        write_config(temporary, config)
-        tokenizer.save(temporary)
-        trainer = trainer | {"sha256": {p.name: sha256_of(p) for p in sorted(temporary.iterdir())}}
-        content = json.dumps({"sha256": _digest(trainer), "trainer": trainer}, indent=1)
-        (temporary / "trainer.json").write_text(content + "\n", encoding="utf-8")
-        for path in (*temporary.iterdir(), temporary):
-            _flush(path)
-        temporary.rename(folder)
-        _flush(folder.parent)
+        save_file(parameters(model), temporary / "model.safetensors")
+        save_file(optimizer_tensors(model, optimizer), temporary / "optimizer.safetensors")
+        folder = finish(temporary, trainer, config, tokenizer, {})
     except (OSError, SafetensorError) as error:
-        shutil.rmtree(temporary, ignore_errors=True)
-        older = checkpoints(run_dir)
-        newest = f"the newest whole checkpoint is {older[-1]}" if older else "there is no older checkpoint"
-        raise CheckpointError(f"checkpoint {folder} could not be written ({error}); {newest}") from error
-    for old in checkpoints(run_dir)[: -config.train.keep_last]:
-        shutil.rmtree(old.rename(old.with_name(f".{old.name}")))  # hidden first: half a folder is no checkpoint
+        raise unwritten(temporary, error) from error
+    delete_old(run_dir, config)
     return folder
 
 
-def verify(folder: Path, optimizer: bool = True) -> dict[str, Any]:
+def begin(run_dir: Path, step: int) -> Path:
+    """The hidden folder, not made yet, in which to write the checkpoint of a step. Removes what a killed run left."""
+    folder = run_dir / "checkpoints" / f".step_{step:08d}"
+    folder.parent.mkdir(exist_ok=True)
+    for left_over in folder.parent.glob(".step_*"):  # of a process killed while it wrote or deleted
+        shutil.rmtree(left_over)
+    return folder
+
+
+def finish(
+    temporary: Path, trainer: dict[str, Any], config: RunConfig, tokenizer: Tokenizer, sha256: dict[str, str]
+) -> Path:
+    """Add what is no tensor, flush all to disk and give the folder its name; `sha256` is of files already flushed."""
+    write_config(temporary, config)
+    tokenizer.save(temporary)
+    own = [p for p in sorted(temporary.iterdir()) if p.is_file()]
+    trainer = trainer | {"sha256": sha256 | {p.name: sha256_of(p) for p in own}}
+    content = json.dumps({"sha256": _digest(trainer), "trainer": trainer}, indent=1)
+    (temporary / "trainer.json").write_text(content + "\n", encoding="utf-8")
+    for path in (*own, temporary / "trainer.json", temporary):
+        flush(path)
+    folder = temporary.rename(temporary.with_name(temporary.name[1:]))
+    flush(folder.parent)
+    return folder
+
+
+def unwritten(temporary: Path, error: BaseException) -> CheckpointError:
+    """The error to raise when the checkpoint in a hidden folder could not be written; removes it."""
+    shutil.rmtree(temporary, ignore_errors=True)
+    older = checkpoints(temporary.parent.parent)
+    newest = f"the newest whole checkpoint is {older[-1]}" if older else "there is no older checkpoint"
+    folder = temporary.with_name(temporary.name[1:])
+    return CheckpointError(f"checkpoint {folder} could not be written ({error}); {newest}")
+
+
+def delete_old(run_dir: Path, config: RunConfig) -> None:
+    """Delete all checkpoints but the newest `train.keep_last` and the milestones, every `train.keep_every` steps."""
+    every = config.train.keep_every
+    for old in checkpoints(run_dir)[: -config.train.keep_last]:
+        if every == 0 or int(old.name[5:]) % every:
+            shutil.rmtree(old.rename(old.with_name(f".{old.name}")))  # hidden first: half a folder is no checkpoint
+
+
+def verify(folder: Path, optimizer: bool = True, contents: bool = True) -> dict[str, Any]:
     """The checkpoint's trainer values, once every file's checksum agreed. CheckpointError names what is wrong.
 
-    The optimizer's file is the largest, and only training reads it: without `optimizer` it is left alone.
+    The optimizer's files are the largest, and only training reads them: without `optimizer` they are left alone.
+    Without `contents` only trainer.json is checked.
     """
     try:
         content = json.loads((folder / "trainer.json").read_text(encoding="utf-8"))
@@ -96,7 +125,7 @@ def verify(folder: Path, optimizer: bool = True) -> dict[str, Any]:
         raise _damaged(folder, "trainer.json", str(error)) from error
     for name, expected in trainer["sha256"].items():
         path = folder / name
-        if name == "optimizer.safetensors" and not optimizer:
+        if not contents or (name.startswith("optimizer") and not optimizer):
             continue
         if not path.is_file():
             raise _damaged(folder, name, "it is missing")
@@ -134,12 +163,12 @@ def set_random_state(states: dict[str, str]) -> None:
             setters[device](torch.from_numpy(np.frombuffer(base64.b64decode(text), np.uint8).copy()))
 
 
-def _parameters(model: nn.Module) -> dict[str, Tensor]:
+def parameters(model: nn.Module) -> dict[str, Tensor]:
     """Each parameter once, so that a tied output head is not stored twice."""
     return {name: p.detach().contiguous() for name, p in model.named_parameters()}
 
 
-def _optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+def optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
     return {f"{key}.{name}": t for name, p in model.named_parameters() for key, t in optimizer.state.get(p, {}).items()}
 
 
@@ -153,7 +182,7 @@ def _damaged(folder: Path, name: str, reason: str) -> CheckpointError:
     return CheckpointError(f"checkpoint {folder} is damaged: {name}: {reason}; {way_out}")
 
 
-def _flush(path: Path) -> None:
+def flush(path: Path) -> None:
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)

@@ -17,6 +17,8 @@ from gdn2.layers.delta import DeltaMixer
 from gdn2.layers.gates import Gates
 from gdn2.layers.state import DeltaState
 from gdn2.model import LanguageModel
+from gdn2.training.distributed import Ranks
+from gdn2.training.sharding import settle
 
 Row = dict[str, Any]
 LARGEST_NATS = 700  # exp of more is no float
@@ -36,23 +38,58 @@ def language_scores(nats: float, targets: int, text_bytes: float) -> Row:
 
 @torch.no_grad()
 def validate(
-    model: LanguageModel, batches: TokenBatches, tokens: int, device: torch.device, autocast: AbstractContextManager
+    model: LanguageModel,
+    batches: TokenBatches,
+    tokens: int,
+    device: torch.device,
+    autocast: AbstractContextManager,
+    ranks: Ranks | None = None,
 ) -> Row:
-    """Scores over about `tokens` validation tokens, and gate and state statistics of the first batch's layers."""
+    """Scores over about `tokens` validation tokens, and gate and state statistics of the first batch's layers.
+
+    Ranks take turns with the batches; where they do not come out even, a batch is read again and not counted, since
+    every rank must take part in every pass. A layer that is split over ranks has no statistics.
+    """
     was_training = model.training
     model.eval()
     nats, targets, text_bytes, layers = 0.0, 0, 0.0, []
-    for batch in map(batches.read, batches.spread(tokens)):
+    windows = batches.spread(tokens)
+    for first in range(0, len(windows), batches.world_size):
+        place = first + batches.rank
+        batch = batches.read(windows[place if place < len(windows) else 0])
+        if place >= len(windows):
+            batch.targets.fill_(IGNORE)
+        batch = batch if ranks is None else ranks.own_tokens(batch)
         count = int((batch.targets != IGNORE).sum())
         text_bytes += batches.token_file.bytes_of(batch.targets)
         batch = batch.to(device)
         with autocast:
             nats += float(model.loss(batch.tokens, batch.targets, cu_seqlens=batch.cu_seqlens)) * count
-            if targets == 0:
+            if first == 0 and (ranks is None or ranks.tensor == ranks.context == 1):
                 layers = layer_statistics(model, batch)
         targets += count
     model.train(was_training)
+    if ranks is not None:
+        settle(model, ranks)
+        nats, all_targets, text_bytes = ranks.sum([nats, targets, text_bytes])
+        targets = int(all_targets)
     return language_scores(nats, targets, text_bytes) | {"layers": layers}
+
+
+@torch.no_grad()
+def inspect(
+    model: LanguageModel, batches: TokenBatches, device: torch.device, autocast: AbstractContextManager, ranks: Ranks
+) -> list[Row]:
+    """`layer_statistics` of one validation sequence, the same one every time; empty where layers are split."""
+    if ranks.tensor > 1 or ranks.context > 1:
+        return []
+    was_training = model.training
+    model.eval()
+    with autocast:
+        layers = layer_statistics(model, batches.read([0]).to(device))
+    model.train(was_training)
+    settle(model, ranks)
+    return layers
 
 
 @torch.no_grad()
@@ -173,7 +210,9 @@ class Display:
             self._bar.update(self._task, completed=step)
 
     def show(self, row: Row) -> None:
-        """One row of the metrics; on a terminal, training rows only change the bar."""
+        """One row of the metrics; on a terminal, training rows only change the bar. Layers are for the files alone."""
+        if row["kind"] == "layers":
+            return
         if self._bar is None:
             print(self._line(row), file=self._stream, flush=True)
         elif row["kind"] == "train":

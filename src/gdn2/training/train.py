@@ -15,14 +15,25 @@ import torch
 
 import gdn2
 from gdn2.config import ConfigError, RunConfig, read_config, require, to_dict, write_config
-from gdn2.data import Batch, Shards, TokenBatches, TokenFile, Tokenizer, load_tokenizer
-from gdn2.data.shards import IGNORE
+from gdn2.data import Shards, TokenBatches, TokenFile, Tokenizer, load_tokenizer
+from gdn2.data.lock import NAME as LOCK
+from gdn2.data.lock import FolderLock
 from gdn2.generate import generate
+from gdn2.info import describe
 from gdn2.model import LanguageModel
 from gdn2.training import checkpoint
 from gdn2.training.checkpoint import CheckpointError
-from gdn2.training.metrics import Display, MetricsFile, Row, language_scores, validate
-from gdn2.training.optim import adamw, learning_rate
+from gdn2.training.distributed import RankLostError, Ranks
+from gdn2.training.logs import Log, check_logs, open_logs
+from gdn2.training.metrics import Display, MetricsFile, Row, inspect, language_scores, validate
+from gdn2.training.optim import build_optimizer, learning_rate
+from gdn2.training.parallel import check_parallel, parallelize
+from gdn2.training.recompute import recompute
+from gdn2.training.saver import Saver
+from gdn2.training.sharding import clip_gradients, local, settle
+from gdn2.training.step import accumulate_gradients
+from gdn2.training.throughput import mfu, peak_flops
+from gdn2.training.watch import Watch, peak_memory
 
 PROMPT_TOKENS = 64  # of the first validation document, continued by each sample
 
@@ -30,13 +41,14 @@ PROMPT_TOKENS = 64  # of the first validation document, continued by each sample
 # mathematics. SCHEDULE may change too while the learning rates of the past stay the same (see `check_same`).
 FREE = {f"train.{name}" for name in (
     "eval_every", "eval_tokens", "sample_every", "sample_tokens", "log_every", "checkpoint_every", "keep_last",
-    "max_bad_steps", "device", "compile",
-)} | {"data.path"}  # fmt: skip
+    "keep_every", "background_checkpoints", "max_bad_steps", "device", "compile", "recompute",
+    "watch_every", "logs", "wandb_project", "wandb_offline", "peak_flops",
+)} | {f"parallel.{key}" for key in ("shards", "replicas", "tensor", "context", "timeout")} | {"data.path"}  # fmt: skip
 SCHEDULE = {"train.tokens", "optim.decay_tokens"}
 
 
 class TrainingError(RuntimeError):
-    """Training cannot go on: its numbers have stopped being finite."""
+    """Training cannot go on: its numbers have stopped being finite, or another process of the run is gone."""
 
 
 class Outcome(NamedTuple):
@@ -66,40 +78,66 @@ class Counters:
 def train(config: RunConfig, run_dir: str | Path, resume: bool = False, stream: IO[str] | None = None) -> Outcome:
     """Train as `config` says, in the folder `run_dir`; with `resume`, go on from its newest checkpoint.
 
-    SIGINT (Ctrl-C) and SIGTERM end it after the current step with a checkpoint; a second one ends it at once. On a CPU
-    a resumed run is bit-identical to one that never stopped. Progress goes to `stream` (standard output). No checkpoint
-    is written while steps are not finite, so that the kept ones are good.
+    Under `torchrun` its processes share the work as `config.parallel` says; each calls this.
 
-    ConfigError and ValueError for a configuration, data or folder that cannot be used, before anything is written;
+    SIGINT (Ctrl-C) and SIGTERM, to any process, end it after the current step with a checkpoint; a second one ends it
+    at once. On a CPU a resumed run of one process is bit-identical to one that never stopped. Progress goes to `stream`
+    (standard output). No checkpoint is written while steps are not finite, so that the kept ones are good.
+
+    ConfigError and ValueError for a configuration, data or folder that cannot be used, or in which another process is
+    training, before anything is written;
     CheckpointError for a damaged or unwritable checkpoint; TrainingError when `train.max_bad_steps` steps in a row
     had a loss or gradient that is not finite (such steps are skipped and counted, the weights stay as they were), or
-    when what would be saved is not finite.
+    when what would be saved is not finite, or when another process of the run is gone.
     """
-    run_dir, optim = Path(run_dir), config.optim
-    device, autocast, precision = resolve_device(config)
+    check_parallel(config)
+    run_dir = Path(run_dir)
+    try:
+        with Ranks(config) as ranks, FolderLock(run_dir) if ranks.main else nullcontext() as lock:
+            return run(config, run_dir, resume, stream, ranks, None if lock is None else lock.left_by)
+    except RankLostError as error:
+        raise TrainingError(f"{error}; {newest(run_dir)}; go on with: gdn2 train --run {run_dir} --resume") from error
+
+
+def run(
+    config: RunConfig, run_dir: Path, resume: bool, stream: IO[str] | None, ranks: Ranks, left_by: str | None
+) -> Outcome:
+    """`train` as one of `ranks`, which it starts; `left_by` is a process that died while it trained in the folder."""
+    optim = config.optim
+    device, autocast, precision = resolve_device(ranks.on_own_device(config))
+    require(optim.name == "adamw" or ranks.size == 1, "optim.name", optim.name, "adamw with several processes")
+    check_logs(config)
     shards = Shards(config.data.path)
-    shards.verify()
+    if ranks.local_rank == 0:  # once a machine
+        shards.verify()
     tokenizer = load_tokenizer(shards.path)
     check_vocabulary(config, shards)
-    source = {"train_sha256": shards.meta.sha256["train.bin"], "precision": precision}
-    cut = (config.data.seq_len, config.train.micro_batch, config.seed)
+    source = {"train_sha256": shards.meta.digest("train"), "precision": precision}
+    cut = (config.data.seq_len, ranks.micro_batch, config.seed, ranks.data_rank, ranks.data_size)
     batches = TokenBatches(shards.split("train"), *cut, packed=config.data.packed)
     val_batches = TokenBatches(shards.split("val"), *cut, packed=config.data.packed)
-    start, trainer = open_run(config, run_dir, resume, source)
+    start, trainer = open_run(config, run_dir, resume, source, contents=ranks.local_rank == 0)
+    ranks.start(device)
+    ranks.barrier()  # all have looked at the folder before one writes to it
 
     torch.manual_seed(config.seed)
-    model = LanguageModel(config.model).to(device)
-    optimizer = adamw(model, optim)
+    model = LanguageModel(config.model)
+    parallelize(model, ranks, device, precision)
+    optimizer = build_optimizer(model, optim)
     counters = Counters()
     metrics = MetricsFile(run_dir / "metrics.jsonl")
+    saver = Saver(run_dir, config, tokenizer, ranks)
     if start is not None:
-        checkpoint.load(start, model, optimizer)
+        saver.load(start, model, optimizer)
         counters = Counters(**trainer["counters"])
         batches.load_state_dict(trainer["data"])
         checkpoint.set_random_state(trainer["random"])
-        metrics.cut_after(counters.step)
-    run_dir.mkdir(parents=True, exist_ok=True)
-    write_config(run_dir, config)
+    if ranks.main:
+        if start is not None:
+            metrics.cut_after(counters.step)
+        run_dir.mkdir(parents=True, exist_ok=True)
+        write_config(run_dir, config)
+    recompute(model, config.train.recompute)
     if config.train.compile:
         for block in model.blocks:
             block.compile()
@@ -107,20 +145,30 @@ def train(config: RunConfig, run_dir: str | Path, resume: bool = False, stream: 
 
     saved_step, last_val = counters.step if start else None, None
     before, began = counters.elapsed, time.perf_counter()
-    with Display(config.steps, counters.step, stream) as display, StopSignals() as stop:
+    display = Display(config.steps, counters.step, stream) if ranks.main else None
+    more_logs: AbstractContextManager[list[Log]] = nullcontext([])
+    if ranks.main:
+        more_logs = open_logs(config, run_dir, counters.step)
+    watch, flops = Watch(config.model.vocab_size), describe(config.model, config.data.seq_len).training_flops
+    peak = config.train.peak_flops or peak_flops(device)
+    with more_logs as logs, display or nullcontext(), StopSignals() as stop:
 
         def record(kind: str, **values: Any) -> Row:
             counters.elapsed = before + time.perf_counter() - began
             place = {"step": counters.step, "tokens": counters.step * config.train.batch_tokens}
             row = {"kind": kind, **place, "elapsed": counters.elapsed, **values}
-            metrics.append(row)
-            display.show(row)
+            if display is not None:
+                metrics.append(row)
+                display.show(row)
+                for log in logs:
+                    log.append(row)
             return row
 
         def save() -> None:
-            broken = next((name for name, p in model.named_parameters() if not p.isfinite().all()), None)
-            if broken is not None:
-                raise TrainingError(diverged(run_dir, counters.step, f"parameter {broken} is not finite"))
+            broken = next((name for name, p in model.named_parameters() if not local(p).isfinite().all()), None)
+            if ranks.any(broken is not None):
+                where = "on another rank" if broken is None else broken
+                raise TrainingError(diverged(run_dir, counters.step, f"parameter {where} is not finite"))
             values = source | {
                 "step": counters.step,
                 "tokens": counters.step * config.train.batch_tokens,
@@ -129,24 +177,23 @@ def train(config: RunConfig, run_dir: str | Path, resume: bool = False, stream: 
                 "random": checkpoint.random_state(),
                 "versions": {"gdn2": gdn2.__version__, "torch": torch.__version__},
             }
-            checkpoint.save(run_dir, counters.step, model, optimizer, values, config, tokenizer)
+            saver.save(counters.step, model, optimizer, values)
 
         verb = "resumed" if start else "started"
-        record("event", event=f"{verb}: {model.num_parameters():,} parameters on {device}, {precision}")
-        while counters.step < config.steps and stop.received is None:
+        about = f"{model.num_parameters():,} parameters on {device.type}, {precision}{ranks.describe()}"
+        record("event", event=f"{verb}: {about}")
+        if left_by is not None:
+            record("event", event=f"before, {left_by} trained here and died")
+        received = None
+        while counters.step < config.steps and (received := ranks.any_signal(stop.received)) is None:
             step_began = time.perf_counter()
             step_tokens = (counters.step + 1) * config.train.batch_tokens
             lr = learning_rate(optim, step_tokens, config.steps * config.train.batch_tokens)
-            micro_batches = [next(batches) for _ in range(config.train.batch_tokens // (cut[0] * cut[1]))]
-            targets = sum(count_targets(b) for b in micro_batches)
-            nats = 0.0
-            for batch in micro_batches:
-                with autocast:
-                    on_device = batch.to(device)
-                    loss = model.loss(on_device.tokens, on_device.targets, cu_seqlens=on_device.cu_seqlens)
-                (loss * (count_targets(batch) / max(targets, 1))).backward()
-                nats += float(loss.detach()) * count_targets(batch)
-            norm = float(torch.nn.utils.clip_grad_norm_(model.parameters(), optim.clip or math.inf))
+            micro_batches = [next(batches) for _ in range(ranks.sequences // ranks.micro_batch)]
+            nats, targets, text_bytes = accumulate_gradients(
+                model, micro_batches, batches.token_file, ranks, device, autocast
+            )
+            norm = clip_gradients(model, optim.clip or math.inf, ranks)
             finite = math.isfinite(nats) and math.isfinite(norm)
             if finite:
                 for group in optimizer.param_groups:
@@ -162,7 +209,9 @@ def train(config: RunConfig, run_dir: str | Path, resume: bool = False, stream: 
                 counters.bad_in_row = 0
                 counters.nats += nats
                 counters.targets += targets
-                counters.text_bytes += sum(batches.token_file.bytes_of(b.targets) for b in micro_batches)
+                counters.text_bytes += text_bytes
+                for warning in watch.step(counters.step, nats / max(targets, 1), norm):
+                    record("event", event=warning)
             else:
                 counters.bad_steps += 1
                 counters.bad_in_row += 1
@@ -174,30 +223,42 @@ def train(config: RunConfig, run_dir: str | Path, resume: bool = False, stream: 
             if counters.targets and (counters.step % config.train.log_every == 0 or last):
                 scores = language_scores(counters.nats, counters.targets, counters.text_bytes)
                 speed = counters.tokens / counters.seconds
-                record("train", **scores, lr=lr, grad_norm=norm, tokens_per_second=speed, bad_steps=counters.bad_steps)
+                record(
+                    "train", **scores, lr=lr, grad_norm=norm, tokens_per_second=speed,
+                    mfu=mfu(speed / ranks.size, flops, peak), memory=peak_memory(device), bad_steps=counters.bad_steps,
+                )  # fmt: skip
                 counters.nats = counters.text_bytes = counters.seconds = 0.0
                 counters.targets = counters.tokens = 0
+            if due(counters.step, config.train.watch_every):
+                layers = inspect(model, val_batches, device, autocast, ranks)
+                record("layers", layers=layers)
+                for warning in watch.layers(counters.step, layers):
+                    record("event", event=warning)
             if last or due(counters.step, config.train.eval_every):
-                last_val = record("val", **validate(model, val_batches, config.train.eval_tokens, device, autocast))
+                scores = validate(model, val_batches, config.train.eval_tokens, device, autocast, ranks)
+                last_val = record("val", **scores)
                 if last and not math.isfinite(last_val["loss"]):
                     raise TrainingError(diverged(run_dir, counters.step, f"validation loss {last_val['loss']}"))
             if due(counters.step, config.train.sample_every):
                 record("sample", **sample(model, val_batches.token_file, tokenizer, config))
+                settle(model, ranks)
             # Within a streak of bad steps the weights may be their cause, and a checkpoint would push out a good one.
             if last or (counters.bad_in_row == 0 and due(counters.step, config.train.checkpoint_every)):
                 save()
                 saved_step = counters.step
-            display.advance(counters.step)
+            if display is not None:
+                display.advance(counters.step)
 
         if counters.step < config.steps:
             sound = counters.bad_in_row == 0
             if sound and saved_step != counters.step:
                 save()
             how = "saved" if sound else f"not saved, the last step was not finite; {newest(run_dir)}"
-            record("event", event=f"stopped by {stop.received}, {how}; go on with: gdn2 train --run {run_dir} --resume")
+            record("event", event=f"stopped by {received}, {how}; go on with: gdn2 train --run {run_dir} --resume")
         else:
             record("event", event=f"finished: {run_dir}")
-    interrupted = stop.received if counters.step < config.steps else None
+        saver.wait()
+    interrupted = received if counters.step < config.steps else None
     return Outcome(counters.step, counters.step * config.train.batch_tokens, interrupted, last_val)
 
 
@@ -226,12 +287,13 @@ def check_vocabulary(config: RunConfig, shards: Shards) -> None:
 
 
 def open_run(
-    config: RunConfig, run_dir: Path, resume: bool, source: dict[str, str]
+    config: RunConfig, run_dir: Path, resume: bool, source: dict[str, str], contents: bool = True
 ) -> tuple[Path | None, dict[str, Any]]:
     """The checkpoint to start from, verified, and its trainer values; None and nothing for a new run.
 
-    Touches nothing. ValueError for a new run in a folder that is not empty; CheckpointError when there is nothing to
-    resume or it is damaged; ConfigError when the configuration differs in more than it may.
+    Without `contents` its files are not read: another process of this machine does that. Touches nothing. ValueError
+    for a new run in a folder that is not empty; CheckpointError when there is nothing to resume or it is damaged;
+    ConfigError when the configuration differs in more than it may.
     """
     found = checkpoint.checkpoints(run_dir)
     if not found and (run_dir / "metrics.jsonl").is_file():
@@ -240,12 +302,12 @@ def open_run(
             "without --resume, perhaps with a smaller train.checkpoint_every"
         )
     if not resume:
-        if run_dir.exists() and (not run_dir.is_dir() or any(run_dir.iterdir())):
+        if run_dir.exists() and (not run_dir.is_dir() or any(p.name != LOCK for p in run_dir.iterdir())):
             raise ValueError(f"{str(run_dir)!r} is not empty; resume the run in it, or choose another folder")
         return None, {}
     if not found:
         raise CheckpointError(f"{str(run_dir)!r} holds no checkpoint to resume from; start without --resume")
-    trainer = checkpoint.verify(found[-1])
+    trainer = checkpoint.verify(found[-1], contents=contents)
     check_same(read_config(found[-1]), config, trainer["step"])
     for key, now in source.items():
         if trainer[key] != now:
@@ -281,10 +343,6 @@ def rates(config: RunConfig, steps: int) -> Sequence[float]:
     """The learning rates of the first `steps` steps."""
     batch, total = config.train.batch_tokens, config.steps * config.train.batch_tokens
     return [learning_rate(config.optim, step * batch, total) for step in range(1, steps + 1)]
-
-
-def count_targets(batch: Batch) -> int:
-    return int((batch.targets != IGNORE).sum())
 
 
 def due(step: int, every: int) -> bool:

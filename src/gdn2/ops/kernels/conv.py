@@ -366,8 +366,9 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> 
 
 
 def _backward(ctx: Any, dy: Tensor, dout: Tensor) -> tuple[Tensor | None, ...]:
-    dx, dweight, dtail = _short_conv_backward(dy, dout, *ctx.saved_tensors)
-    return dx, dweight, None if ctx.saved_tensors[2] is None else dtail, None, None
+    saved = ctx.saved_tensors  # asked for once: activation checkpointing allows no more
+    dx, dweight, dtail = _short_conv_backward(dy, dout, *saved)
+    return dx, dweight, None if saved[2] is None else dtail, None, None
 
 
 _short_conv.register_autograd(_backward, setup_context=_setup)

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
+from gdn2.ops.fused import is_planning
 from gdn2.ops.kernels import launch
 from gdn2.ops.kernels.configs import shared_memory
 from gdn2.ops.kernels.run import INTERPRET
@@ -22,7 +23,7 @@ DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 def obstacle(v: Tensor, K: int) -> str | None:
     """What keeps the kernels from v [B, T, HV, V] and key size K, as the end of a sentence; None if they can run."""
-    if v.device.type != "cuda" and not INTERPRET:
+    if v.device.type != "cuda" and not INTERPRET and not is_planning():
         return f"need CUDA tensors, and v is on {v.device}"
     if v.dtype not in DTYPES:
         return f"take bfloat16, float16 and float32, and v has dtype {v.dtype}"
@@ -122,11 +123,12 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, list
 def _gradients(
     call: Callable[..., list[Tensor]], ctx: Any, do: Tensor | None, d_final: Tensor | None
 ) -> tuple[Tensor | None, ...]:
-    *tensors, cu_seqlens, o = ctx.saved_tensors[:11]
+    saved = ctx.saved_tensors  # asked for once: activation checkpointing allows no more
+    *tensors, cu_seqlens, o = saved[:11]
     do = torch.zeros_like(tensors[2]) if do is None else do
     grads = call(
         do, d_final, *tensors, cu_seqlens, ctx.scale, ctx.largest_erase, ctx.largest_write, o,
-        list(ctx.saved_tensors[11:]),
+        list(saved[11:]),
     )  # fmt: skip
     return *(g if t is not None else None for g, t in zip(grads, tensors)), *[None] * 7
 

@@ -142,8 +142,9 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 
 def _backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-    gradients = _norm_backward(dy, *ctx.saved_tensors, ctx.eps, ctx.share)
-    return *(g if t is not None else None for g, t in zip(gradients, ctx.saved_tensors)), None, None
+    saved = ctx.saved_tensors  # asked for once: activation checkpointing allows no more
+    gradients = _norm_backward(dy, *saved, ctx.eps, ctx.share)
+    return *(g if t is not None else None for g, t in zip(gradients, saved)), None, None
 
 
 _norm.register_autograd(_backward, setup_context=_setup)

@@ -1,0 +1,121 @@
+"""Tensor parallelism: each rank has some heads of every mixer and some channels of every MLP.
+
+The first Linears of a layer are split by their outputs, which are heads or MLP channels, the last one by its inputs;
+its outputs are summed over the ranks. What belongs to a head (convolutions, rate and delta) goes with it; the output
+norm's weight, which heads share, is on all ranks and sums its gradient. Embedding, output head and the norms between
+layers are whole on every rank (FSDP still shards the first two): their tokens are.
+
+Parameters become DTensors; inside a layer everything between the Linears works on plain local tensors.
+"""
+
+from typing import Any, cast
+
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard, distribute_tensor
+from torch.distributed.tensor.parallel import (
+    ColwiseParallel,
+    ParallelStyle,
+    PrepareModuleInput,
+    RowwiseParallel,
+    parallelize_module,
+)
+
+from gdn2.layers import SlidingWindowAttention
+from gdn2.layers.delta import DeltaMixer
+from gdn2.model import Block, LanguageModel
+
+# Parameters that a layer's own code reads, by the module that has them: how they lie, and how their gradients come out.
+HEADS = (Shard(0), Shard(0))
+SHARED = (Replicate(), Partial())
+
+
+def split_tensors(model: LanguageModel, mesh: DeviceMesh) -> None:
+    """Split the layers of a model over the ranks of a mesh of one axis, in place.
+
+    Heads and MLP channels divide by their number: see `parallel.check_parallel`.
+    """
+    size = mesh.size()
+    for block in model.blocks:
+        block = cast(Block, block)
+        mixer = block.mixer
+        if isinstance(mixer, DeltaMixer):
+            _split_delta(mixer, mesh, size)
+        elif isinstance(mixer, SlidingWindowAttention):
+            mixer.num_heads = mixer.num_heads // size
+            _apply(mixer, mesh, 4, ["q_proj", "k_proj", "v_proj"], "out_proj")
+        _apply(block.mlp, mesh, 1, ["gate", "up"], "down")
+
+
+def _split_delta(mixer: DeltaMixer, mesh: DeviceMesh, size: int) -> None:
+    heads = mixer.num_heads = mixer.num_heads // size
+    value_heads = mixer.num_value_heads = mixer.num_value_heads // size
+    gates: Any = mixer.gates
+    if hasattr(gates, "key_shape"):
+        gates.key_shape, gates.value_shape = (heads, mixer.key_dim), (value_heads, mixer.value_dim)
+    if hasattr(gates, "num_heads"):
+        gates.num_heads = heads
+    split = ["q_proj", "k_proj", "v_proj"]
+    split += [f"gates.{name}" for name in ("erase", "write", "beta") if hasattr(gates, name)]
+    local: list[tuple[nn.Module, str, tuple[Placement, Placement]]] = [
+        (mixer, name, HEADS) for name in ("conv_q", "conv_k", "conv_v")
+    ]
+    low_rank = {"output_gate": getattr(mixer, "output_gate", None)}
+    if gates.decay is not None:
+        gates.decay.num_heads = heads
+        low_rank["gates.decay.projection"] = gates.decay.projection
+        local += [(gates.decay, name, HEADS) for name in ("rate", "delta")]
+    whole = []
+    for name, module in low_rank.items():
+        if isinstance(module, nn.Sequential):
+            whole.append(f"{name}.0")
+            split.append(f"{name}.1")
+        elif module is not None:
+            split.append(name)
+    _apply(mixer, mesh, 4, split, "out_proj", whole)
+    _use_local(mixer, mesh, [*local, (mixer.norm, "weight", SHARED)])
+
+
+def _apply(
+    layer: nn.Module, mesh: DeviceMesh, arguments: int, split: list[str], last: str, whole: list[str] | None = None
+) -> None:
+    """Split the Linears `split` by outputs and `last` by inputs; the layer's first argument comes whole.
+
+    It becomes a DTensor once, so that the gradients that reach it by several Linears are summed over ranks once.
+    """
+    layouts = (Replicate(), *[None] * (arguments - 1))
+    plan: dict[str, ParallelStyle] = {name: ColwiseParallel() for name in split}
+    plan[last] = RowwiseParallel()
+    parallelize_module(layer, mesh, plan)
+    for name in whole or []:
+        linear = cast(nn.Linear, layer.get_submodule(name))
+        linear.weight = nn.Parameter(distribute_tensor(linear.weight.detach(), mesh, [Replicate()]))
+    PrepareModuleInput(input_layouts=layouts, desired_input_layouts=layouts)._apply(layer, mesh)
+
+
+def _use_local(
+    layer: nn.Module, mesh: DeviceMesh, parameters: list[tuple[nn.Module, str, tuple[Placement, Placement]]]
+) -> None:
+    """Make parameters DTensors; while the layer runs, this rank's part stands in for each."""
+    for module, name, (lies, _) in parameters:
+        old = getattr(module, name)
+        new = nn.Parameter(distribute_tensor(old.detach(), mesh, [lies]))
+        if getattr(old, "no_weight_decay", False):
+            new.no_weight_decay = True  # type: ignore[attr-defined]
+        module._parameters[name] = new
+    kept: list[nn.Parameter] = []
+
+    def enter(*ignored: object) -> None:
+        for module, name, (_, summand) in parameters:
+            parameter = cast(nn.Parameter, module._parameters.pop(name))
+            kept.append(parameter)
+            module.__dict__[name] = cast(DTensor, parameter).to_local(grad_placements=[summand])
+
+    def leave(*ignored: object) -> None:
+        for (module, name, _), own in zip(parameters, kept):
+            del module.__dict__[name]
+            module._parameters[name] = own
+        kept.clear()
+
+    layer.register_forward_pre_hook(enter)
+    layer.register_forward_hook(leave, always_call=True)

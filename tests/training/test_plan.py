@@ -1,0 +1,98 @@
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from gdn2.cli import main
+from gdn2.config import ConfigError, RunConfig
+from gdn2.info import describe
+from gdn2.model import LanguageModel
+from gdn2.training.plan import duration, plan, share_of_one, show, size
+from gdn2.training.throughput import mfu, peak_flops
+
+MakeConfig = Callable[..., RunConfig]
+
+
+def test_parameters_and_products_are_counted_as_torch_does(make_config: MakeConfig) -> None:
+    """Every matrix product of a step, forward and backward; the rest of the FLOPs are the mixers' own counts."""
+    config = make_config("model.cell=[mixer]")
+    model, costs, T = LanguageModel(config.model), plan(config), config.data.seq_len
+    assert costs.model.parameters == sum(p.numel() for p in model.parameters())
+    tokens = torch.zeros(1, T, dtype=torch.int64)
+    hidden, _ = model(tokens)
+    with FlopCounterMode(display=False) as counter:
+        hidden, _ = model(tokens)
+        model.logits(hidden).sum().backward()
+    counted = sum(n for op, n in counter.get_flop_counts()["Global"].items() if str(op) in ("aten.mm", "aten.addmm"))
+    mixers = 3 * sum(mixer.flops(T) for mixer in model.mixers())
+    assert costs.model.training_flops == pytest.approx(counted / T + mixers, rel=1e-12)
+    assert costs.flops == costs.tokens * costs.model.training_flops == 2_560 * costs.model.training_flops
+    assert (costs.steps, costs.tokens) == (20, 2_560)
+    assert costs.checkpoint == 3 * 4 * costs.model.parameters + 4 * len(list(model.parameters()))
+
+
+def test_text_names_costs_of_every_mode(make_config: MakeConfig, tmp_path: Path) -> None:
+    config = make_config("train.recompute=full", "train.peak_flops=1e9")
+    text = show(config, tmp_path / "a" / "run", rate=1_000.0)
+    share = 100 * 1_000 * describe(config.model, config.data.seq_len).training_flops / 1e9
+    assert "20, 2,560 tokens" in text
+    assert "128 tokens: 2 x 2 sequences of 32" in text
+    assert re.search(r"\n \*recompute=full .*activations .*\(mixer .*, attention .*, loss .*\), peak ", text)
+    assert "0 h 0 min at 1,000 tokens/s" in text
+    assert f"{share:.1f}% of train.peak_flops" in text
+    assert "epochs" in text
+    assert "is not prepared yet" in show(make_config("data.path=none"), tmp_path / "run")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_command_writes_nothing_and_plans_for_a_gpu_that_is_not_here(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = tmp_path / "run"
+    main_exits(["train", "--preset", "gdn2-hybrid-tiny", "--run", str(run), "--dry-run", "train.device=cuda:7"], 0)
+    assert "1 GPU, bf16" in capsys.readouterr().out
+    assert not run.exists()
+    main_exits(["train", "--preset", "gdn2-hybrid-tiny", "--run", str(run), "--rate", "5"], 2)
+    assert "--rate is 5.0; expected tokens per second above 0, together with --dry-run" in capsys.readouterr().err
+
+
+def main_exits(arguments: list[str], code: int) -> None:
+    with pytest.raises(SystemExit) as left:
+        main(arguments)
+    assert left.value.code == code
+
+
+def test_sizes_times_and_shares() -> None:
+    assert size(2**30) == "1.00 GiB"
+    assert size(3 * 2**19) == "1.5 MiB"
+    assert duration(100e9 / 45_000) == "25 d 17 h 17 min"
+    assert duration(90 * 60) == "1 h 30 min"
+    assert mfu(45_000, 8.675e9, 989e12) == pytest.approx(0.3947, rel=1e-3)
+    assert mfu(45_000, 8.675e9, None) is peak_flops(torch.device("cpu")) is None
+
+
+def test_devices_share_out_states_sequences_and_tokens(make_config: MakeConfig) -> None:
+    size = (
+        "model.cell=[mixer]",
+        "model.num_layers=1",
+        "train.batch_tokens=2048",
+        "train.tokens=4096",
+        "data.seq_len=64",
+        "train.micro_batch=8",
+    )
+    config = make_config(*size)
+    one, four = plan(config), plan(config, 4)
+    a, b = one.memory["none"], four.memory["none"]
+    assert (b.weights, b.gradients, b.optimizer) == (a.weights // 4, a.gradients // 4, a.optimizer // 4)
+    assert share_of_one(config, 4).train.batch_tokens == 512
+    assert b.activations == a.activations  # 8 sequences a micro-batch, in 4 of them as in 1
+    assert four.checkpoint == one.checkpoint
+    split = share_of_one(make_config(*size, "parallel.context=2", "parallel.shards=2"), 4)
+    assert (split.data.seq_len, split.train.micro_batch, split.train.batch_tokens) == (32, 8, 512)
+    with pytest.raises(
+        ConfigError, match=r"train\.batch_tokens is 2048; expected a multiple of data\.seq_len for each of 3"
+    ):
+        plan(config, 3)

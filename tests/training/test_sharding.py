@@ -1,0 +1,24 @@
+"""FSDP2 and HSDP are one process: initialisation, loss, gradients, clipping and the weights after a step."""
+
+from pathlib import Path
+
+import pytest
+import ranks
+import torch
+
+WORKER = Path(__file__).with_name("sharding_worker.py")
+
+
+TWO = "fsdp tied bf16 packed context-full tensor tensor-kda-full tensor-gdn-selective"
+FOUR = "fsdp hsdp-full context-packed-selective tensor-bf16"
+
+
+@pytest.mark.parametrize(("size", "scenarios"), [(2, TWO), (4, FOUR)])
+def test_sharded_model_is_one_model(shards, size, scenarios):
+    assert f"checked {scenarios}\n" in ranks.run_well(size, WORKER, shards, "cpu")
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_sharded_model_on_two_gpus_is_one_model(shards):
+    assert f"checked {TWO}\n" in ranks.run_well(2, WORKER, shards, "cuda")
