@@ -19,24 +19,17 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from itertools import product
 from pathlib import Path
-from typing import Any
 
 import rows
 import torch
 from rows import Row
 from summary import summarise, table
+from variants import MIXERS, chosen
 
 from gdn2.config import ModelConfig, OptimConfig
 from gdn2.data.synthetic import MQAR, Deletion, Overwrite, Sharing, SyntheticTask
 from gdn2.training.tasks import TEST_SEED, TaskRun, train_task
 
-MIXERS: dict[str, dict[str, Any]] = {
-    name: {"mixer": name} for name in ("gdn2", "kda", "gdn", "deltanet", "linear", "mamba2", "mamba3")
-}
-# Table 5's ablations: which gate of Gated DeltaNet-2 gives how much.
-MIXERS["gdn2-scalar-erase"] = {"mixer": "gdn2", "channel_erase": False}
-MIXERS["gdn2-scalar-write"] = {"mixer": "gdn2", "channel_write": False}
-MIXERS["gdn2-negative"] = {"mixer": "gdn2", "negative_eigenvalues": True}
 USUAL = ("gdn2", "kda", "gdn", "deltanet", "linear", "mamba2", "mamba3")
 
 
@@ -125,55 +118,31 @@ def questions(task: SyntheticTask, run: TaskRun, device: str) -> str:
 
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--size", choices=SIZES, default="small")
-    parser.add_argument("--out", type=Path, help="rows; else experiments/results/memory-SIZE.jsonl")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument(
-        "--budget-seconds", type=float, default=float("inf"), help="no row but the first is begun after that"
-    )
+    rows.add_options(parser, list(SIZES), "memory")
     parser.add_argument("--tasks", help="some of the size's tasks, comma-separated")
-    parser.add_argument("--mixers", default=",".join(USUAL), help=f"some of {', '.join(MIXERS)}")
-    parser.add_argument("--seeds", type=int, help="else the size's")
+    parser.add_argument("--mixers", default=",".join(USUAL), help=f"some of {', '.join(MIXERS)}; or ablations")
     parser.add_argument("--steps", type=int, help="of each training; else the size's")
     parser.add_argument("--batch", type=int, help="sequences a step; else the size's")
     parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32")
-    parser.add_argument("--dry-run", action="store_true", help="count the rows, measured and missing")
-    parser.add_argument("--summary", action="store_true", help="show the rows there are, measure none")
     options = parser.parse_args(arguments)
     size = SIZES[options.size]
     changes = {name: getattr(options, name) for name in ("steps", "batch") if getattr(options, name)}
     size = replace(size, run=replace(size.run, precision=options.precision, **changes))
     size = replace(size, seeds=options.seeds or size.seeds)
-    tasks, mixers = options.tasks.split(",") if options.tasks else list(size.tasks), options.mixers.split(",")
-    for names, known in ((tasks, size.tasks), (mixers, MIXERS)):
-        for name in names:
-            if name not in known:
-                parser.error(f"{name!r}; expected some of {', '.join(known)}")
+    tasks, mixers = options.tasks.split(",") if options.tasks else list(size.tasks), chosen(options.mixers)
+    rows.check_names(parser, tasks, size.tasks)
+    rows.check_names(parser, mixers, MIXERS)
     out = options.out or Path(__file__).parent / "results" / f"memory-{options.size}.jsonl"
-    wanted = [(rows.key_of(setting), setting) for setting in grid(size, tasks, mixers)]
-    measured = rows.read(out)
-    missing = [setting for key, setting in wanted if key not in measured]
-    print(f"{len(wanted)} rows, {len(missing)} missing in {out}", flush=True)
-    if not (options.dry_run or options.summary):
-        measure_all(missing, size, options.device, out, options.budget_seconds)
-        measured = rows.read(out)
+    settings = list(grid(size, tasks, mixers))
+    measured = rows.work(settings, out, options, lambda setting: measure(setting, size, options.device), describe)
     if not options.dry_run:
-        print(table(summarise([measured[key] for key, _ in wanted if key in measured])))
+        print(table(summarise(measured)))
 
 
-def measure_all(settings: list[Row], size: Size, device: str, out: Path, budget: float) -> None:
-    about = {"code": rows.code(), **rows.machine(device)}
-    began = time.perf_counter()
-    for number, setting in enumerate(settings, 1):
-        spent = time.perf_counter() - began
-        if number > 1 and spent > budget:
-            print(f"budget of {budget:.0f} s spent; the same command goes on with {len(settings) - number + 1} rows")
-            return
-        row = measure(setting, size, device) | about
-        rows.append(out, row)
-        found = " ".join(f"{entry['load']}:{entry['accuracy']:.3f}" for entry in row["by_load"])
-        name = f"{row['task']} {row['mixer']} {row['memory']} lr {row['lr']:g} seed {row['seed']}"
-        print(f"[{number}/{len(settings)}, {spent + row['seconds']:.0f} s] {name}: {found}", flush=True)
+def describe(row: Row) -> str:
+    """One line about a row."""
+    found = " ".join(f"{entry['load']}:{entry['accuracy']:.3f}" for entry in row["by_load"])
+    return f"{row['task']} {row['mixer']} {row['memory']} lr {row['lr']:g} seed {row['seed']}: {found}"
 
 
 if __name__ == "__main__":

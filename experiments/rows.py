@@ -1,8 +1,11 @@
 """Rows of experiments: one JSON object a line, appended as soon as it is measured, found again by what it asked for."""
 
+import argparse
 import hashlib
 import json
 import subprocess
+import time
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -59,3 +62,64 @@ def machine(device: str) -> Row:
     where = torch.device(device)
     name = torch.cuda.get_device_name(where) if where.type == "cuda" else "cpu"
     return {"device": name, "torch": torch.__version__}
+
+
+def add_options(parser: argparse.ArgumentParser, sizes: Collection[str], experiment: str) -> None:
+    """The options that every experiment has."""
+    parser.add_argument("--size", choices=sizes, default="small")
+    parser.add_argument("--out", type=Path, help=f"rows; else experiments/results/{experiment}-SIZE.jsonl")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument(
+        "--budget-seconds", type=float, default=float("inf"), help="no row but the first is begun after that"
+    )
+    parser.add_argument("--seeds", type=int, help="else the size's")
+    parser.add_argument("--dry-run", action="store_true", help="count the rows, measured and missing")
+    parser.add_argument("--summary", action="store_true", help="show the rows there are, measure none")
+
+
+def check_names(parser: argparse.ArgumentParser, names: Sequence[str], known: Collection[str]) -> None:
+    """End the program where a name is not known."""
+    for name in names:
+        if name not in known:
+            parser.error(f"{name!r}; expected some of {', '.join(known)}")
+
+
+def work(
+    settings: Sequence[Row],
+    out: Path,
+    options: argparse.Namespace,
+    measure: Callable[[Row], Row],
+    describe: Callable[[Row], str],
+) -> list[Row]:
+    """Measure the settings whose rows are not in `out`, in order, as far as the options say; the rows there are then.
+
+    Each is appended as soon as it is there, with the code and the machine that measured it.
+    """
+    wanted = {key_of(setting): setting for setting in settings}
+    measured = read(out)
+    missing = [setting for key, setting in wanted.items() if key not in measured]
+    print(f"{len(wanted)} rows, {len(missing)} missing in {out}", flush=True)
+    if not (options.dry_run or options.summary):
+        _measure_all(missing, out, options, measure, describe)
+        measured = read(out)
+    return [measured[key] for key in wanted if key in measured]
+
+
+def _measure_all(
+    settings: Sequence[Row],
+    out: Path,
+    options: argparse.Namespace,
+    measure: Callable[[Row], Row],
+    describe: Callable[[Row], str],
+) -> None:
+    about = {"code": code(), **machine(options.device)}
+    began = time.perf_counter()
+    for number, setting in enumerate(settings, 1):
+        spent = time.perf_counter() - began
+        if number > 1 and spent > options.budget_seconds:
+            left = len(settings) - number + 1
+            print(f"budget of {options.budget_seconds:.0f} s spent; the same command goes on with {left} rows")
+            return
+        row = measure(setting) | about
+        append(out, row)
+        print(f"[{number}/{len(settings)}, {time.perf_counter() - began:.0f} s] {describe(row)}", flush=True)
