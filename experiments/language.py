@@ -27,7 +27,6 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
-import language_summary
 import numpy as np
 import rows
 import torch
@@ -41,6 +40,7 @@ from gdn2.data import Shards
 from gdn2.evaluation.language import perplexity
 from gdn2.model import LanguageModel
 from gdn2.presets import preset
+from gdn2.report.experiments import language_entries, language_tables
 from gdn2.training import checkpoint, train
 from gdn2.training.metrics import read_metrics
 from gdn2.training.train import resolve_device
@@ -133,7 +133,7 @@ def model_of(size: Size, kind: str, mixer: str, vocab_size: int) -> ModelConfig:
 def measure(setting: Row, data: Path, runs: Path, device: str) -> Row:
     """Train the model of a setting, unless its run is there, and test it: the row."""
     key = rows.key_of(setting)
-    run = runs / f"{setting['kind']}-{setting['mixer']}-lr{setting['lr']:g}-seed{setting['seed']}-{key}"
+    run = runs / f"{setting['kind']}-{setting['mixer']}-seed{setting['seed']}-{key[:8]}"
     place = {"path": str(data), "seq_len": setting["corpus"]["settings"]["row"]}
     config = build(RunConfig, setting["config"] | {"data": place, "seed": setting["seed"]})
     config = replace(config, train=replace(config.train, device=device))
@@ -248,7 +248,7 @@ def main(arguments: list[str] | None = None) -> None:
     rows.check_names(parser, mixers, [name for name in known if name != "linear"])
     out = options.out or Path(__file__).parent / "results" / f"language-{options.size}.jsonl"
     if options.summary:
-        print(language_summary.table(language_summary.summarise(list(rows.read(out).values()))))
+        rows.show(language_tables(language_entries(list(rows.read(out).values()))))
         return
     data = options.data or Path("corpora", f"language-{options.size}")
     about = text_of(data, size.corpus, may_write=not options.dry_run)
@@ -262,7 +262,7 @@ def main(arguments: list[str] | None = None) -> None:
     settings = list(grid(size, kinds, mixers, about))
     measured = rows.work(settings, out, options, lambda setting: measure(setting, data, runs, options.device), describe)
     if not options.dry_run:
-        print(language_summary.table(language_summary.summarise(measured)))
+        rows.show(language_tables(language_entries(measured)))
 
 
 def text_of(data: Path, corpus: Corpus, may_write: bool) -> dict[str, Any]:

@@ -23,11 +23,11 @@ from pathlib import Path
 import rows
 import torch
 from rows import Row
-from summary import summarise, table
 from variants import MIXERS, chosen
 
 from gdn2.config import ModelConfig, OptimConfig
 from gdn2.data.synthetic import MQAR, Deletion, Overwrite, Sharing, SyntheticTask
+from gdn2.report.experiments import memory_entries, memory_tables
 from gdn2.training.tasks import TEST_SEED, TaskRun, train_task
 
 USUAL = ("gdn2", "kda", "gdn", "deltanet", "linear", "mamba2", "mamba3")
@@ -136,7 +136,7 @@ def main(arguments: list[str] | None = None) -> None:
     settings = list(grid(size, tasks, mixers))
     measured = rows.work(settings, out, options, lambda setting: measure(setting, size, options.device), describe)
     if not options.dry_run:
-        print(table(summarise(measured)))
+        rows.show(memory_tables(memory_entries(measured)))
 
 
 def describe(row: Row) -> str:

@@ -12,6 +12,8 @@ from typing import Any
 import torch
 
 import gdn2
+from gdn2.report.sources import read_rows
+from gdn2.report.tables import Table
 
 Row = dict[str, Any]
 
@@ -22,19 +24,12 @@ def key_of(setting: Row) -> str:
 
 
 def read(path: Path) -> dict[str, Row]:
-    """The rows of a file by key; a last line cut off by a crash is left out. ValueError for any other line."""
-    rows: dict[str, Row] = {}
-    if not path.exists():
-        return rows
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(keepends=True), 1):
-        if not line.endswith("\n"):
-            break
-        try:
-            row = json.loads(line)
-            rows[row["key"]] = row
-        except (ValueError, KeyError, TypeError) as error:
-            raise ValueError(f"{path}:{number}: no row of an experiment: {error}") from error
-    return rows
+    """The rows of a file by key, none where there is no file."""
+    return read_rows(path) if path.exists() else {}
+
+
+def show(tables: Sequence[Table]) -> None:
+    print("\n\n".join(table.markdown() for table in tables))
 
 
 def append(path: Path, row: Row) -> None:

@@ -4,7 +4,6 @@ import json
 from dataclasses import replace
 
 import language
-import language_summary
 import numpy as np
 import pytest
 import rows
@@ -50,7 +49,7 @@ def test_a_model_learns_and_its_row_holds_all_that_it_depends_on(text, tmp_path,
     (run,) = (tmp_path / "runs").iterdir()
     assert run.name == row["run"]
     shown = capsys.readouterr().out
-    assert f"| recurrent | gdn2 | {row['parameters'] / 1e6:.2f}M | 1 | 0.004 | {bits[0]:.4f} | {bits[1]:.4f} |" in shown
+    assert f"| recurrent gdn2 | {bits[0]:.4f} | {bits[1]:.4f} | 1 | 0.004 | {row['parameters'] / 1e6:.2f}M |" in shown
     small_run(tmp_path, text, "--mixers", "gdn2", "--dry-run")
     assert "1 rows, 0 missing" in capsys.readouterr().out
     before = (tmp_path / "rows.jsonl").read_text()
@@ -168,32 +167,6 @@ def test_folder_of_other_settings_is_refused(text, tmp_path):
     with pytest.raises(ValueError, match="'nothing_here' is not installed"):
         write_corpus(tmp_path / "new", replace(other, packages=("nothing_here",)))
     assert not list(tmp_path.iterdir())
-
-
-def found_row(mixer, lr, seed, bits, found):
-    return {
-        "kind": "recurrent", "mixer": mixer, "lr": lr, "seed": seed, "parameters": 12_000_000,
-        "corpus": {"train_sha256": "0123456789"}, "config": {"train": {"tokens": 1_000}},
-        "language": {"1024": {"bits_per_byte": bits}, "8192": {"bits_per_byte": bits + 0.1}},
-        "needles": [{"task": "niah_single_1", "length": 1_024, "found": found, "samples": 50}],
-    }  # fmt: skip
-
-
-def test_summary_chooses_the_rate_with_the_fewest_bits_and_shows_the_spread():
-    entries = language_summary.summarise(
-        [
-            found_row("gdn2", 1e-3, 0, 1.0, 80.0), found_row("gdn2", 1e-3, 1, 1.2, 60.0),
-            found_row("gdn2", 2e-3, 0, 0.5, 99.0),  # its second seed is missing: not compared
-            found_row("kda", 1e-3, 0, 0.9, 50.0),
-        ]
-    )  # fmt: skip
-    assert [(e["mixer"], e["lr"], e["seeds"], e["rates"]) for e in entries] == [
-        ("gdn2", 1e-3, 2, [1e-3, 2e-3]), ("kda", 1e-3, 1, [1e-3])
-    ]  # fmt: skip
-    shown = language_summary.table(entries)
-    assert "| recurrent | gdn2 | 12.00M | 2 | 0.001 | 1.1000 ± 0.1414 | 1.2000 ± 0.1414 |" in shown
-    assert "| recurrent | gdn2 | 12.00M | 2 | 0.001 | 70.0 ± 14.1 |" in shown
-    assert shown.index("| kda |") < shown.index("| gdn2 |")  # fewer bits first
 
 
 def test_unknown_names_are_refused(capsys):

@@ -1,0 +1,164 @@
+"""Rows of experiments (see docs/experiments.md), summarised over their seeds, and as tables.
+
+All learning rates of a group that every one of its seeds has are compared, and the best one's rows are shown: by
+accuracy on validation questions for memory tasks, by bits per byte of held-out text for language models.
+"""
+
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from statistics import fmean
+from typing import Any
+
+from gdn2.report.tables import Table, mean_and_deviation
+
+Row = dict[str, Any]
+KINDS = ("recurrent", "hybrid", "attention")
+
+
+@dataclass(frozen=True)
+class Entry:
+    """The rows of one model at its best learning rate, one for each seed, and all rates that were tried."""
+
+    group: tuple[Any, ...]
+    mixer: str
+    lr: float
+    rates: tuple[float, ...]
+    rows: tuple[Row, ...]
+
+    @property
+    def first(self) -> Row:
+        return self.rows[0]
+
+
+def entries_of(
+    rows: Sequence[Row], group: Callable[[Row], tuple[Any, ...]], badness: Callable[[Row], float]
+) -> list[Entry]:
+    """One entry for each group and mixer: the rate whose mean badness over its seeds is lowest, of those that all
+    seeds of the entry have."""
+    found: dict[tuple, dict[float, list[Row]]] = defaultdict(lambda: defaultdict(list))
+    for row in rows:
+        found[group(row), row["mixer"]][row["lr"]].append(row)
+    entries = []
+    for (name, mixer), rates in found.items():
+        most = max(map(len, rates.values()))
+        whole = {rate: seeds for rate, seeds in rates.items() if len(seeds) == most}
+        best = min(whole, key=lambda rate: fmean(map(badness, whole[rate])))
+        entries.append(Entry(name, mixer, best, tuple(sorted(rates)), tuple(whole[best])))
+    return entries
+
+
+def memory_entries(rows: Sequence[Row]) -> list[Entry]:
+    """Of the experiment "memory", by task and memory."""
+    return entries_of(
+        rows,
+        lambda row: (row["task"], tuple(row["memory"])),
+        lambda row: -fmean(answer["accuracy"] for answer in row["validation"]),
+    )
+
+
+def language_entries(rows: Sequence[Row]) -> list[Entry]:
+    """Of the experiment "language", by text, length of training, and kind of model."""
+    return entries_of(
+        rows,
+        lambda row: (row["corpus"]["train_sha256"], row["config"]["train"]["tokens"], row["kind"]),
+        lambda row: bits(row)[0],
+    )
+
+
+def bits(row: Row) -> list[float]:
+    """Bits per byte of a language row, at the training length and beyond."""
+    return [score["bits_per_byte"] for score in row["language"].values()]
+
+
+def accuracies(entry: Entry) -> dict[int, list[float]]:
+    """Percent right by load, of each seed."""
+    by_load: dict[int, list[float]] = defaultdict(list)
+    for row in entry.rows:
+        for answer in row["by_load"]:
+            by_load[answer["load"]].append(100 * answer["accuracy"])
+    return by_load
+
+
+def found(entry: Entry, task: str) -> dict[int, list[float]]:
+    """Percent of a task's needles found by length, of each seed."""
+    by_length: dict[int, list[float]] = defaultdict(list)
+    for row in entry.rows:
+        for cell in row["needles"]:
+            if cell["task"] == task:
+                by_length[cell["length"]].append(cell["found"])
+    return by_length
+
+
+def needle_tasks(entry: Entry) -> list[str]:
+    return list(dict.fromkeys(cell["task"] for cell in entry.first["needles"]))
+
+
+def memory_tables(entries: Sequence[Entry]) -> list[Table]:
+    """A table for each task and memory: a row for each mixer, best first, a column for each load."""
+    tables = []
+    for group in dict.fromkeys(entry.group for entry in entries):
+        mine = [(entry, accuracies(entry)) for entry in entries if entry.group == group]
+        mine.sort(key=lambda pair: -fmean(map(fmean, pair[1].values())))
+        task, memory = group
+        loads = list(mine[0][1])
+        tables.append(
+            Table(
+                f"{task}, memory {' x '.join(map(str, memory))} a layer, accuracy in percent by load",
+                ("mixer", *map(str, loads), "seeds", "lr"),
+                tuple(
+                    (entry.mixer, *(mean_and_deviation(by_load[load], 1) for load in loads), *training(entry))
+                    for entry, by_load in mine
+                ),
+            )
+        )
+    return tables
+
+
+def language_tables(entries: Sequence[Entry]) -> list[Table]:
+    """For each text and length of training a table of bits per byte, and one of needles for each task."""
+    tables = []
+    for text, tokens in dict.fromkeys(entry.group[:2] for entry in entries):
+        mine = in_order([entry for entry in entries if entry.group[:2] == (text, tokens)])
+        title = f"text {str(text)[:8]}, {tokens:,} tokens each"
+        places = [f"windows of {int(length):,}" for length in mine[0].first["language"]]
+        columns = [[[bits(row)[i] for row in entry.rows] for entry in mine] for i in range(len(places))]
+        tables.append(_language_table(f"Bits per byte of held-out files; {title}", mine, places, columns, 4))
+        for task in needle_tasks(mine[0]):
+            lengths = list(found(mine[0], task))
+            columns = [[found(entry, task)[length] for entry in mine] for length in lengths]
+            samples = mine[0].first["needles"][0]["samples"]
+            name = f"{task}, percent of {samples} found, by tokens of the prompt; {title}"
+            tables.append(_language_table(name, mine, [f"{length:,}" for length in lengths], columns, 1))
+    return tables
+
+
+def in_order(entries: Sequence[Entry]) -> list[Entry]:
+    """By kind, and within a kind fewer bits first."""
+    return sorted(
+        entries,
+        key=lambda entry: (KINDS.index(str(entry.group[2])), fmean(bits(row)[0] for row in entry.rows)),
+    )
+
+
+def _language_table(
+    title: str, entries: Sequence[Entry], heads: list[str], columns: list[list[list[float]]], digits: int
+) -> Table:
+    return Table(
+        title,
+        ("model", *heads, "seeds", "lr", "parameters"),
+        tuple(
+            (
+                f"{entry.group[2]} {entry.mixer}",
+                *(mean_and_deviation(column[i], digits) for column in columns),
+                *training(entry),
+                f"{entry.first['parameters'] / 1e6:.2f}M",
+            )
+            for i, entry in enumerate(entries)
+        ),
+    )
+
+
+def training(entry: Entry) -> tuple[str, str]:
+    """How many seeds, and at which learning rate."""
+    return str(len(entry.rows)), f"{entry.lr:g}"
