@@ -7,12 +7,14 @@ accuracy on validation questions for memory tasks, by bits per byte of held-out 
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from statistics import fmean
 from typing import Any
 
-from gdn2.report.tables import Table, mean_and_deviation
+from gdn2.report.tables import Table, mean_and_deviation, mean_and_interval
 
 Row = dict[str, Any]
+BASE = "gdn2"  # what the others are compared with
 KINDS = ("recurrent", "hybrid", "attention")
 
 
@@ -95,7 +97,8 @@ def needle_tasks(entry: Entry) -> list[str]:
 
 
 def memory_tables(entries: Sequence[Entry]) -> list[Table]:
-    """A table for each task and memory: a row for each mixer, best first, a column for each load."""
+    """A table for each task and memory: a row for each mixer, best first, a column for each load; then one of the
+    differences to Gated DeltaNet-2."""
     tables = []
     for group in dict.fromkeys(entry.group for entry in entries):
         mine = [(entry, accuracies(entry)) for entry in entries if entry.group == group]
@@ -112,11 +115,17 @@ def memory_tables(entries: Sequence[Entry]) -> list[Table]:
                 ),
             )
         )
-    return tables
+    return tables + _differences(
+        "Percent right of Gated DeltaNet-2 less that of each mixer, mean over loads",
+        [("difference", lambda row: 100 * fmean(answer["accuracy"] for answer in row["by_load"]), 1)],
+        entries,
+        lambda entry: f"{entry.group[0]}, {' x '.join(map(str, entry.group[1]))}: {entry.mixer}",
+    )
 
 
 def language_tables(entries: Sequence[Entry]) -> list[Table]:
-    """For each text and length of training a table of bits per byte, and one of needles for each task."""
+    """For each text and length of training a table of bits per byte, one of needles for each task, and one of the
+    differences to Gated DeltaNet-2."""
     tables = []
     for text, tokens in dict.fromkeys(entry.group[:2] for entry in entries):
         mine = in_order([entry for entry in entries if entry.group[:2] == (text, tokens)])
@@ -130,7 +139,41 @@ def language_tables(entries: Sequence[Entry]) -> list[Table]:
             samples = mine[0].first["needles"][0]["samples"]
             name = f"{task}, percent of {samples} found, by tokens of the prompt; {title}"
             tables.append(_language_table(name, mine, [f"{length:,}" for length in lengths], columns, 1))
+        measures: list[Measure] = [("bits per byte", lambda row: bits(row)[0], 4)]
+        measures += [(f"{task}, %", partial(_mean_found, task=task), 1) for task in needle_tasks(mine[0])]
+        tables += _differences(
+            f"Gated DeltaNet-2 less each model of its kind, needles as means over lengths; {title}",
+            measures,
+            mine,
+            lambda entry: f"{entry.group[2]} {entry.mixer}",
+        )
     return tables
+
+
+def _mean_found(row: Row, task: str) -> float:
+    return fmean(cell["found"] for cell in row["needles"] if cell["task"] == task)
+
+
+Measure = tuple[str, Callable[[Row], float], int]
+
+
+def _differences(
+    title: str, measures: Sequence[Measure], entries: Sequence[Entry], name: Callable[[Entry], str]
+) -> list[Table]:
+    """A table of the mean differences between Gated DeltaNet-2 and the others of its group, each with the half width
+    of its 95 % interval over the seeds that both have; none where there is nothing to compare."""
+    base = {entry.group: entry for entry in entries if entry.mixer == BASE}
+    rows = []
+    for entry in entries:
+        if entry.mixer == BASE or entry.group not in base:
+            continue
+        mine = {row["seed"]: row for row in base[entry.group].rows}
+        pairs = [(mine[row["seed"]], row) for row in entry.rows if row["seed"] in mine]
+        if pairs:
+            cells = (mean_and_interval([of(a) - of(b) for a, b in pairs], digits) for _, of, digits in measures)
+            rows.append((name(entry), *cells, str(len(pairs))))
+    heads = ("compared with", *(measure for measure, _, _ in measures), "seeds")
+    return [Table(f"{title}; 95 % intervals", heads, tuple(rows))] if rows else []
 
 
 def in_order(entries: Sequence[Entry]) -> list[Entry]:
