@@ -41,7 +41,7 @@ from gdn2.evaluation.language import perplexity
 from gdn2.model import LanguageModel
 from gdn2.presets import preset
 from gdn2.report.experiments import language_entries, language_tables
-from gdn2.training import checkpoint, train
+from gdn2.training import TrainingError, checkpoint, train
 from gdn2.training.metrics import read_metrics
 from gdn2.training.train import resolve_device
 
@@ -141,8 +141,11 @@ def measure(setting: Row, data: Path, runs: Path, device: str) -> Row:
     if not checkpoint.checkpoints(run):  # checkpoints come at the end alone
         if run.exists():
             shutil.rmtree(run)  # of a training that was cut off
-        with open(os.devnull, "w", encoding="utf-8") as nowhere:  # the run keeps its metrics
-            train(config, run, stream=nowhere)
+        try:
+            with open(os.devnull, "w", encoding="utf-8") as nowhere:  # the run keeps its metrics
+                train(config, run, stream=nowhere)
+        except TrainingError as error:  # a result too: the grid goes on, and the row says so
+            return {"key": key, **setting, "failed": str(error), "seconds": time.perf_counter() - began}
     trained = time.perf_counter()
     where, autocast, precision = resolve_device(config)
     model = LanguageModel.from_checkpoint(run, where)
@@ -218,9 +221,11 @@ def ask(model: LanguageModel, tokens: np.ndarray, spans: np.ndarray) -> tuple[li
 
 def describe(row: Row) -> str:
     """One line about a row."""
+    name = f"{row['kind']} {row['mixer']} lr {row['lr']:g} seed {row['seed']}"
+    if "failed" in row:
+        return f"{name}: {row['failed']}"
     first, *_, last = row["language"].values()
     found = " ".join(f"{cell['found']:.0f}" for cell in row["needles"])
-    name = f"{row['kind']} {row['mixer']} lr {row['lr']:g} seed {row['seed']}"
     bits = f"{first['bits_per_byte']:.4f} and {last['bits_per_byte']:.4f} bits per byte"
     return f"{name}: {bits}, needles {found}, {row['tokens_per_second']:,.0f} tokens/s"
 
@@ -241,7 +246,7 @@ def main(arguments: list[str] | None = None) -> None:
     if options.tokens:
         size = replace(size, train=replace(size.train, tokens=options.tokens))
     if options.rates:
-        size = replace(size, rates=tuple(map(float, options.rates.split(","))))
+        size = replace(size, rates=rows.numbers(parser, "--rates", options.rates))
     size = replace(size, seeds=options.seeds or size.seeds)
     kinds, mixers = options.kinds.split(","), chosen(options.mixers)
     rows.check_names(parser, kinds, KINDS)

@@ -123,11 +123,17 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--mixers", default=",".join(USUAL), help=f"some of {', '.join(MIXERS)}; or ablations")
     parser.add_argument("--steps", type=int, help="of each training; else the size's")
     parser.add_argument("--batch", type=int, help="sequences a step; else the size's")
+    parser.add_argument("--memories", help="of a layer, as heads x channels: 1x16,2x32; else the size's")
+    parser.add_argument("--rates", help="learning rates, comma-separated; else the size's")
     parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32")
     options = parser.parse_args(arguments)
     size = SIZES[options.size]
     changes = {name: getattr(options, name) for name in ("steps", "batch") if getattr(options, name)}
     size = replace(size, run=replace(size.run, precision=options.precision, **changes))
+    if options.memories:
+        size = replace(size, memories=tuple(memory_of(parser, text) for text in options.memories.split(",")))
+    if options.rates:
+        size = replace(size, rates=rows.numbers(parser, "--rates", options.rates))
     size = replace(size, seeds=options.seeds or size.seeds)
     tasks, mixers = options.tasks.split(",") if options.tasks else list(size.tasks), chosen(options.mixers)
     rows.check_names(parser, tasks, size.tasks)
@@ -137,6 +143,14 @@ def main(arguments: list[str] | None = None) -> None:
     measured = rows.work(settings, out, options, lambda setting: measure(setting, size, options.device), describe)
     if not options.dry_run:
         rows.show(memory_tables(memory_entries(measured)))
+
+
+def memory_of(parser: argparse.ArgumentParser, text: str) -> tuple[int, int]:
+    """Heads and channels out of "2x32"; ends the program where it is none."""
+    parts = text.split("x")
+    if len(parts) != 2 or not all(part.isdecimal() and int(part) > 0 for part in parts):
+        parser.error(f"--memories has {text!r}; expected heads x channels, such as 2x32")
+    return int(parts[0]), int(parts[1])
 
 
 def describe(row: Row) -> str:

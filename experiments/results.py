@@ -15,7 +15,7 @@ from typing import Any
 
 import rows
 
-from gdn2.report.experiments import language_entries, language_tables, memory_entries, memory_tables
+from gdn2.report.experiments import failures, language_entries, language_tables, memory_entries, memory_tables
 from gdn2.report.tables import Table
 
 HERE = Path(__file__).parent
@@ -41,7 +41,7 @@ def about(found: list[dict[str, Any]]) -> str:
         f"{corpus['files_sha256'][:12]}."
         for name, corpus in corpora.items()
     ]
-    return "\n".join(lines)
+    return "\n".join([*lines, *(f"{sentence}." for sentence in failures(found))])
 
 
 def _counted(values: Any) -> str:

@@ -65,7 +65,10 @@ def add_options(parser: argparse.ArgumentParser, sizes: Collection[str], experim
     parser.add_argument("--out", type=Path, help=f"rows; else experiments/results/{experiment}-SIZE.jsonl")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument(
-        "--budget-seconds", type=float, default=float("inf"), help="no row but the first is begun after that"
+        "--budget-seconds",
+        type=float,
+        default=float("inf"),
+        help="no row but the first is begun that would not end within it, if it takes as long as the longest so far",
     )
     parser.add_argument("--seeds", type=int, help="else the size's")
     parser.add_argument("--dry-run", action="store_true", help="count the rows, measured and missing")
@@ -77,6 +80,19 @@ def check_names(parser: argparse.ArgumentParser, names: Sequence[str], known: Co
     for name in names:
         if name not in known:
             parser.error(f"{name!r}; expected some of {', '.join(known)}")
+
+
+def numbers(parser: argparse.ArgumentParser, option: str, text: str) -> tuple[float, ...]:
+    """The comma-separated numbers above 0 of an option; ends the program where one is none."""
+    found = []
+    for part in text.split(","):
+        try:
+            found.append(float(part))
+        except ValueError:
+            found.append(0.0)
+        if not 0 < found[-1] < float("inf"):
+            parser.error(f"{option} has {part!r}; expected numbers above 0, separated by commas")
+    return tuple(found)
 
 
 def work(
@@ -109,12 +125,15 @@ def _measure_all(
 ) -> None:
     about = {"code": code(), **machine(options.device)}
     began = time.perf_counter()
+    longest = 0.0
     for number, setting in enumerate(settings, 1):
         spent = time.perf_counter() - began
-        if number > 1 and spent > options.budget_seconds:
+        if number > 1 and spent + longest > options.budget_seconds:
             left = len(settings) - number + 1
-            print(f"budget of {options.budget_seconds:.0f} s spent; the same command goes on with {left} rows")
+            print(f"budget of {options.budget_seconds:.0f} s nearly spent; the same command goes on with {left} rows")
             return
         row = measure(setting) | about
         append(out, row)
-        print(f"[{number}/{len(settings)}, {time.perf_counter() - began:.0f} s] {describe(row)}", flush=True)
+        ended = time.perf_counter() - began
+        longest = max(longest, ended - spent)
+        print(f"[{number}/{len(settings)}, {ended:.0f} s] {describe(row)}", flush=True)

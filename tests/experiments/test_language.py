@@ -60,6 +60,13 @@ def test_a_model_learns_and_its_row_holds_all_that_it_depends_on(text, tmp_path,
     assert again["needles"] == json.loads(before)["needles"]
 
 
+def test_a_training_that_fails_is_a_row_and_the_grid_goes_on(text, tmp_path, capsys):
+    found = small_run(tmp_path, text, "--mixers", "gdn2", "--rates", "1e30", "--tokens", "13312", "--seeds", "2")
+    assert len(found) == 2
+    assert all("10 steps in a row were not finite" in row["failed"] for row in found.values())
+    assert "recurrent gdn2 lr 1e+30 seed 1: stopped at step" in capsys.readouterr().out
+
+
 def test_text_is_whole_files_apart_and_rows_of_one_kind_each(text):
     about, shards = open_corpus(text, language.SIZES["small"].corpus), Shards(text)
     shards.verify()

@@ -66,6 +66,15 @@ def test_unknown_names_and_broken_rows_are_refused(tmp_path, capsys):
     with pytest.raises(SystemExit):
         memory.main(["--mixers", "gru"])
     assert "'gru'; expected some of gdn2" in capsys.readouterr().err
+    for arguments, message in (
+        (["--memories", "16"], "--memories has '16'; expected heads x channels"),
+        (["--rates", "1e-3,fast"], "--rates has 'fast'; expected numbers above 0"),
+    ):
+        with pytest.raises(SystemExit):
+            memory.main(arguments)
+        assert message in capsys.readouterr().err
+    memory.main(["--memories", "1x8,2x16", "--rates", "1e-3", "--dry-run", "--out", str(tmp_path / "none.jsonl")])
+    assert "14 rows, 14 missing" in capsys.readouterr().out
     (tmp_path / "rows.jsonl").write_text("[]\n")
     with pytest.raises(ValueError, match=r"rows\.jsonl:1: no row of an experiment"):
         rows.read(tmp_path / "rows.jsonl")

@@ -5,7 +5,7 @@ import json
 import pytest
 from report.conftest import language_row, memory_row
 
-from gdn2.report.experiments import language_entries, language_tables, memory_entries, memory_tables
+from gdn2.report.experiments import failures, language_entries, language_tables, memory_entries, memory_tables
 from gdn2.report.sources import read_rows, read_sources
 from gdn2.report.tables import mean_and_interval
 
@@ -43,6 +43,15 @@ def test_language_rates_are_chosen_by_bits_and_kinds_stand_together(experiments)
     assert tables[3].rows == (("recurrent kda", "-0.2000 ± 0.0000", "+0.0 ± 0.0", "+0.0 ± 0.0", "2"),)
     other = [row | {"key": "o", "corpus": {"train_sha256": "ffff"}} for row in rows[:1]]
     assert len(language_tables(language_entries(rows + other))) == 7  # another text is never mixed in
+
+
+def test_failed_rows_are_named_and_counted_nowhere():
+    failed = {key: value for key, value in language_row("a", "kda", 1e-2, 0).items() if key not in ("needles", "loss")}
+    del failed["language"]
+    rows = [failed | {"failed": "stopped at step 3"}, language_row("b", "kda", 1e-3, 0)]
+    (entry,) = language_entries(rows)
+    assert (entry.lr, entry.rates) == (1e-3, (1e-3,))
+    assert failures(rows) == ["recurrent kda at learning rate 0.01, seed 0, failed: stopped at step 3"]
 
 
 def test_differences_are_between_the_same_seeds_with_students_interval():

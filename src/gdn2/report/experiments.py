@@ -37,10 +37,11 @@ def entries_of(
     rows: Sequence[Row], group: Callable[[Row], tuple[Any, ...]], badness: Callable[[Row], float]
 ) -> list[Entry]:
     """One entry for each group and mixer: the rate whose mean badness over its seeds is lowest, of those that all
-    seeds of the entry have."""
+    seeds of the entry have. Rows that failed are in none (see `failures`)."""
     found: dict[tuple, dict[float, list[Row]]] = defaultdict(lambda: defaultdict(list))
     for row in rows:
-        found[group(row), row["mixer"]][row["lr"]].append(row)
+        if "failed" not in row:
+            found[group(row), row["mixer"]][row["lr"]].append(row)
     entries = []
     for (name, mixer), rates in found.items():
         most = max(map(len, rates.values()))
@@ -48,6 +49,15 @@ def entries_of(
         best = min(whole, key=lambda rate: fmean(map(badness, whole[rate])))
         entries.append(Entry(name, mixer, best, tuple(sorted(rates)), tuple(whole[best])))
     return entries
+
+
+def failures(rows: Sequence[Row]) -> list[str]:
+    """A sentence for each row whose training failed."""
+    failed = [row for row in rows if "failed" in row]
+    return [
+        f"{row['kind']} {row['mixer']} at learning rate {row['lr']:g}, seed {row['seed']}, failed: {row['failed']}"
+        for row in failed
+    ]
 
 
 def memory_entries(rows: Sequence[Row]) -> list[Entry]:

@@ -93,8 +93,11 @@ def _experiments(rows: dict[str, dict[str, Any]], number: "count[int]") -> list[
         tables = [table(t, number) for t in experiments.memory_tables(entries)]
         sections.append(("memory-tasks", "Experiment: memory", "\n".join([grid(charts), *tables])))
     if "language" in rows:
-        entries = experiments.language_entries(list(rows["language"].values()))
-        parts = [table(t, number) for t in experiments.language_tables(entries)]
+        found = list(rows["language"].values())
+        entries = experiments.language_entries(found)
+        failed = "".join(f"<p>{escape(sentence)}.</p>" for sentence in experiments.failures(found))
+        parts = [failed] if failed else []
+        parts += [table(t, number) for t in experiments.language_tables(entries)]
         sections.append(("language", "Experiment: language and needles", "\n".join([_curves(entries), *parts])))
         sections.append(("needles", "Needles by depth and length", _needles(entries)))
     return sections
