@@ -49,7 +49,7 @@ class Size:
 SIZES = {
     "full": Size(
         tasks={
-            "mqar": MQAR(vocab_size=2_048),
+            "mqar": MQAR(vocab_size=512, noise=False),
             "overwrite": Overwrite(),
             "sharing": Sharing(),
             "deletion": Deletion(),

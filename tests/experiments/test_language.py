@@ -31,11 +31,11 @@ def small_run(folder, text, *options):
 
 
 def test_a_model_learns_and_its_row_holds_all_that_it_depends_on(text, tmp_path, capsys):
-    """40,960 tokens of 512 kinds: all of them alike would be 9 bits a token, 4.1 a byte."""
+    """40,960 tokens of 512 kinds: the frequencies of tokens alone give 3.52 bits a byte; seed 0 gave 3.10 and 3.12."""
     (row,) = small_run(tmp_path, text, "--mixers", "gdn2").values()
     bits = [score["bits_per_byte"] for score in row["language"].values()]
-    assert bits[0] < 3.6
-    assert bits[1] < 3.6  # windows of 2,048, four times the training length
+    assert bits[0] < 3.3
+    assert bits[1] < 3.3  # windows of 2,048, four times the training length
     assert row["loss"][-1]["bits_per_byte"] < row["loss"][0]["bits_per_byte"]
     assert [(cell["task"], cell["length"]) for cell in row["needles"][:4]] == [
         ("niah_single_1", 512), ("niah_single_1", 1_024), ("niah_single_1", 2_048), ("niah_single_2", 512)

@@ -15,6 +15,7 @@ from gdn2.report.svg import Series, heat, lines
 from gdn2.report.tables import Table
 
 POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
+MOST_POINTS = 200  # of a curve, or twice as many
 FIFTHS = ("0–20 %", "20–40 %", "40–60 %", "60–80 %", "80–100 %")
 
 
@@ -132,8 +133,9 @@ Points = list[tuple[float, float | None]]
 
 
 def later(points: Points) -> Points:
-    """Without the first twentieth, whose steep fall would hide all else."""
-    return [point for point in points if point[0] >= points[-1][0] / 20]
+    """Without the first twentieth, whose steep fall would hide all else; every so many, the last among them."""
+    kept = [point for point in points if point[0] >= points[-1][0] / 20]
+    return kept[:: -max(1, len(kept) // MOST_POINTS)][::-1]
 
 
 def _needles(entries: Sequence[Entry]) -> str:
