@@ -10,7 +10,7 @@ from typing import Any
 from gdn2.report import experiments, pictures, runs
 from gdn2.report.experiments import Entry
 from gdn2.report.memory import MemoryView
-from gdn2.report.sources import Run, Sources
+from gdn2.report.sources import Row, Run, Sources
 from gdn2.report.svg import Series, heat, lines
 from gdn2.report.tables import Table
 
@@ -51,14 +51,10 @@ def _runs(found: Sequence[Run], number: "count[int]") -> list[Section]:
     parts += [table(t, number) for t in (runs.gate_means(groups), runs.evaluations(groups)) if t is not None]
     curves = []
     for kind, name in (("train", "training"), ("val", "validation")):
-        series = [
-            Series(run.name, later([(row["tokens"], row["bits_per_byte"]) for row in run.rows(kind)]))
-            for run in found
-            if len(run.rows(kind)) > 1
-        ]
-        curves.append(
-            figure(f"Bits per byte of {name} text", lines(f"Bits per byte, {name}", series, "tokens", "bits"))
-        )
+        drawn = [group for group in groups if all(len(run.rows(kind)) > 1 for run in group.runs)]
+        series = [Series(g.name, later(mean_curve([run.rows(kind) for run in g.runs]))) for g in drawn]
+        words = f"Bits per byte of {name} text, from a twentieth of training on"
+        curves.append(figure(words, lines(words, series, "tokens", "bits per byte")))
     parts.append(grid(curves))
     maps = []
     for run in found:
@@ -115,21 +111,22 @@ def _curves(entries: Sequence[Entry]) -> str:
         mine = [entry for entry in entries if entry.group == group]
         series = []
         for entry in mine:
-            steps = zip(*(row["loss"] for row in entry.rows))
-            points = [(step[0]["tokens"], mean_of_all([row["bits_per_byte"] for row in step])) for step in steps]
-            series.append(Series(entry.mixer, later(points)))
+            series.append(Series(entry.mixer, later(mean_curve([row["loss"] for row in entry.rows]))))
         name = f"{group[2]} models: bits per byte of training text, from a twentieth of training on"
         charts.append(figure(name, lines(name, series, "tokens", "bits per byte")))
     return grid(charts)
 
 
-def mean_of_all(values: Sequence[float | None]) -> float | None:
-    """The mean, None where a value is missing."""
-    numbers = [value for value in values if value is not None]
-    return fmean(numbers) if len(numbers) == len(values) else None
-
-
 Points = list[tuple[float, float | None]]
+
+
+def mean_curve(seeds: Sequence[Sequence[Row]]) -> Points:
+    """Bits per byte by tokens, the mean over seeds; None where one of them has no number."""
+    points: Points = []
+    for step in zip(*seeds):
+        found = [row["bits_per_byte"] for row in step]
+        points.append((step[0]["tokens"], None if None in found else fmean(found)))
+    return points
 
 
 def later(points: Points) -> Points:
