@@ -105,6 +105,18 @@ def test_command_writes_one_file_and_names_it(make_run, tmp_path, capsys, monkey
         assert message in capsys.readouterr().err
 
 
+def test_the_memory_of_gated_deltanet_2_is_looked_into_before_others(make_run, tmp_path):
+    make_run("a-kda", mixer="kda")
+    make_run("b-mamba2", mixer="mamba2")
+    make_run("c-gdn2")
+    html = write_report([tmp_path / "runs"], tmp_path / "report.html").read_text()
+    assert "Memory of c-gdn2" in html
+    assert "Memory of a-kda" not in html
+    chosen = [tmp_path / "runs" / "a-kda", tmp_path / "runs" / "c-gdn2"]
+    html = write_report([tmp_path / "runs"], tmp_path / "report.html", chosen).read_text()
+    assert html.index("Memory of a-kda") < html.index("Memory of c-gdn2")
+
+
 def test_pictures_hold_for_what_is_missing_or_the_same():
     assert lines("none", [Series("a", [(1, None)])], "x", "y") == ""
     flat = lines("flat", [Series("a", [(1, 2.0)]), Series("b", [(1, 2.0), (2, None), (3, 2.0)])], "x", "y")

@@ -109,9 +109,8 @@ def _curves(entries: Sequence[Entry]) -> str:
     charts = []
     for group in dict.fromkeys(entry.group for entry in entries):
         mine = [entry for entry in entries if entry.group == group]
-        series = []
-        for entry in mine:
-            series.append(Series(entry.mixer, later(mean_curve([row["loss"] for row in entry.rows]))))
+        drawn = [entry for entry in mine if len(entry.first["loss"]) > 1]
+        series = [Series(e.mixer, later(mean_curve([row["loss"] for row in e.rows]))) for e in drawn]
         name = f"{group[2]} models: bits per byte of training text, from a twentieth of training on"
         charts.append(figure(name, lines(name, series, "tokens", "bits per byte")))
     return grid(charts)

@@ -40,7 +40,7 @@ def groups_of(runs: Sequence[Run]) -> list[Group]:
 
 def overview(groups: Sequence[Group]) -> Table:
     """A row for each group: the model, its training and the last validation."""
-    heads = ("run", "mixer", "parameters", "lr", "tokens", "seeds", "bits per byte", "loss, nats", "tokens/s")
+    heads = ("run", "bits per byte", "loss, nats", "mixer", "parameters", "lr", "tokens", "seeds", "tokens/s")
     rows = []
     for group in groups:
         config = group.config
@@ -49,13 +49,13 @@ def overview(groups: Sequence[Group]) -> Table:
         rows.append(
             (
                 group.name,
+                _last(group, "val", "bits_per_byte", 4),
+                _last(group, "val", "loss", 4),
                 kind_of(config),
                 f"{parameters:,}",
                 f"{config.optim.lr:g}",
                 f"{max(row['tokens'] for run in group.runs for row in run.metrics):,}",
                 str(len(group.runs)),
-                _last(group, "val", "bits_per_byte", 4),
-                _last(group, "val", "loss", 4),
                 _last(group, "train", "tokens_per_second", 0),
             )
         )

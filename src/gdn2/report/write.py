@@ -16,7 +16,8 @@ def write_report(paths: Sequence[Path], out: Path, memory: Sequence[Path] = (), 
     """Write the page about everything under `paths` (see `read_sources`) to `out`, an .html file.
 
     The memory of each run in `memory` is shown while it reads the prompt; without any, that of the first run under the
-    paths which has a checkpoint of a delta rule. ValueError for what cannot be read, before anything is written.
+    paths which has a checkpoint of a delta rule, Gated DeltaNet-2 before others. ValueError for what cannot be read,
+    before anything is written.
     """
     if out.suffix != ".html":
         raise ValueError(f"out is {str(out)!r}; expected a name that ends in .html")
@@ -30,9 +31,7 @@ def write_report(paths: Sequence[Path], out: Path, memory: Sequence[Path] = (), 
 
 
 def _first(runs: Sequence[Run]) -> list[Path]:
-    """The first run with a memory that erases and a checkpoint, if there is one."""
-    for run in runs:
-        config = run.config.model
-        if config.mixer in DELTA_RULES and "mixer" in config.cell and any((run.path / "checkpoints").glob("step_*")):
-            return [run.path]
-    return []
+    """The first run with a checkpoint and a memory that erases, of Gated DeltaNet-2 where there is one."""
+    erasing = [run for run in runs if run.config.model.mixer in DELTA_RULES and "mixer" in run.config.model.cell]
+    saved = [run for run in erasing if any((run.path / "checkpoints").glob("step_*"))]
+    return [run.path for run in sorted(saved, key=lambda run: DELTA_RULES.index(run.config.model.mixer))[:1]]
