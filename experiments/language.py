@@ -68,7 +68,8 @@ SIZES = {
     "full": Size(
         corpus=Corpus(
             packages=("torch", "sympy"), text_bytes=48_000_000, val_share=0.03, vocab_size=4_096, row=1_024,
-            per_row=(1, 2, 3), needle_share=0.25, recall_share=0.05, lengths=(1_024, 2_048, 4_096, 8_192), samples=50,
+            per_row=(1, 2, 3, 6), needle_share=0.25, recall_share=0.05,
+            lengths=(1_024, 2_048, 4_096, 8_192), samples=50,
         ),
         preset="10m",
         rates=(2e-3,),

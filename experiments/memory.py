@@ -26,11 +26,13 @@ from rows import Row
 from variants import MIXERS, chosen
 
 from gdn2.config import ModelConfig, OptimConfig
-from gdn2.data.synthetic import MQAR, Deletion, Overwrite, Sharing, SyntheticTask
+from gdn2.data.synthetic import MQAR, S5, Deletion, Overwrite, Parity, Sharing, SyntheticTask
 from gdn2.report.experiments import memory_entries, memory_tables
 from gdn2.training.tasks import TEST_SEED, TaskRun, train_task
 
 USUAL = ("gdn2", "kda", "gdn", "deltanet", "linear", "mamba2", "mamba3")
+
+TRACKING = ("parity", "s5-swaps")  # measured when asked for: what doubled erase gates are for
 
 
 @dataclass(frozen=True)
@@ -53,6 +55,8 @@ SIZES = {
             "overwrite": Overwrite(),
             "sharing": Sharing(),
             "deletion": Deletion(),
+            "parity": Parity(),
+            "s5-swaps": S5(swaps=True),
         },
         memories=((1, 16), (2, 16), (2, 32)),
         rates=(1e-3, 3e-3, 1e-2),
@@ -119,7 +123,7 @@ def questions(task: SyntheticTask, run: TaskRun, device: str) -> str:
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     rows.add_options(parser, list(SIZES), "memory")
-    parser.add_argument("--tasks", help="some of the size's tasks, comma-separated")
+    parser.add_argument("--tasks", help=f"of the size's, comma-separated; else all but {', '.join(TRACKING)}")
     parser.add_argument("--mixers", default=",".join(USUAL), help=f"some of {', '.join(MIXERS)}; or ablations")
     parser.add_argument("--steps", type=int, help="of each training; else the size's")
     parser.add_argument("--batch", type=int, help="sequences a step; else the size's")
@@ -135,7 +139,8 @@ def main(arguments: list[str] | None = None) -> None:
     if options.rates:
         size = replace(size, rates=rows.numbers(parser, "--rates", options.rates))
     size = replace(size, seeds=options.seeds or size.seeds)
-    tasks, mixers = options.tasks.split(",") if options.tasks else list(size.tasks), chosen(options.mixers)
+    usual = [task for task in size.tasks if task not in TRACKING]
+    tasks, mixers = options.tasks.split(",") if options.tasks else usual, chosen(options.mixers)
     rows.check_names(parser, tasks, size.tasks)
     rows.check_names(parser, mixers, MIXERS)
     out = options.out or Path(__file__).parent / "results" / f"memory-{options.size}.jsonl"
