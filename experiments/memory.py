@@ -19,25 +19,20 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from itertools import product
 from pathlib import Path
-from typing import Any
 
 import rows
 import torch
 from rows import Row
-from summary import summarise, table
+from variants import MIXERS, chosen
 
 from gdn2.config import ModelConfig, OptimConfig
-from gdn2.data.synthetic import MQAR, Deletion, Overwrite, Sharing, SyntheticTask
+from gdn2.data.synthetic import MQAR, S5, Deletion, Overwrite, Parity, Sharing, SyntheticTask
+from gdn2.report.experiments import memory_entries, memory_tables
 from gdn2.training.tasks import TEST_SEED, TaskRun, train_task
 
-MIXERS: dict[str, dict[str, Any]] = {
-    name: {"mixer": name} for name in ("gdn2", "kda", "gdn", "deltanet", "linear", "mamba2", "mamba3")
-}
-# Table 5's ablations: which gate of Gated DeltaNet-2 gives how much.
-MIXERS["gdn2-scalar-erase"] = {"mixer": "gdn2", "channel_erase": False}
-MIXERS["gdn2-scalar-write"] = {"mixer": "gdn2", "channel_write": False}
-MIXERS["gdn2-negative"] = {"mixer": "gdn2", "negative_eigenvalues": True}
 USUAL = ("gdn2", "kda", "gdn", "deltanet", "linear", "mamba2", "mamba3")
+
+TRACKING = ("parity", "s5-swaps")  # measured when asked for: what doubled erase gates are for
 
 
 @dataclass(frozen=True)
@@ -56,10 +51,12 @@ class Size:
 SIZES = {
     "full": Size(
         tasks={
-            "mqar": MQAR(vocab_size=2_048),
+            "mqar": MQAR(vocab_size=512, noise=False),
             "overwrite": Overwrite(),
             "sharing": Sharing(),
             "deletion": Deletion(),
+            "parity": Parity(),
+            "s5-swaps": S5(swaps=True),
         },
         memories=((1, 16), (2, 16), (2, 32)),
         rates=(1e-3, 3e-3, 1e-2),
@@ -125,55 +122,46 @@ def questions(task: SyntheticTask, run: TaskRun, device: str) -> str:
 
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--size", choices=SIZES, default="small")
-    parser.add_argument("--out", type=Path, help="rows; else experiments/results/memory-SIZE.jsonl")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument(
-        "--budget-seconds", type=float, default=float("inf"), help="no row but the first is begun after that"
-    )
-    parser.add_argument("--tasks", help="some of the size's tasks, comma-separated")
-    parser.add_argument("--mixers", default=",".join(USUAL), help=f"some of {', '.join(MIXERS)}")
-    parser.add_argument("--seeds", type=int, help="else the size's")
+    rows.add_options(parser, list(SIZES), "memory")
+    parser.add_argument("--tasks", help=f"of the size's, comma-separated; else all but {', '.join(TRACKING)}")
+    parser.add_argument("--mixers", default=",".join(USUAL), help=f"some of {', '.join(MIXERS)}; or ablations")
     parser.add_argument("--steps", type=int, help="of each training; else the size's")
     parser.add_argument("--batch", type=int, help="sequences a step; else the size's")
+    parser.add_argument("--memories", help="of a layer, as heads x channels: 1x16,2x32; else the size's")
+    parser.add_argument("--rates", help="learning rates, comma-separated; else the size's")
     parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32")
-    parser.add_argument("--dry-run", action="store_true", help="count the rows, measured and missing")
-    parser.add_argument("--summary", action="store_true", help="show the rows there are, measure none")
     options = parser.parse_args(arguments)
     size = SIZES[options.size]
     changes = {name: getattr(options, name) for name in ("steps", "batch") if getattr(options, name)}
     size = replace(size, run=replace(size.run, precision=options.precision, **changes))
+    if options.memories:
+        size = replace(size, memories=tuple(memory_of(parser, text) for text in options.memories.split(",")))
+    if options.rates:
+        size = replace(size, rates=rows.numbers(parser, "--rates", options.rates))
     size = replace(size, seeds=options.seeds or size.seeds)
-    tasks, mixers = options.tasks.split(",") if options.tasks else list(size.tasks), options.mixers.split(",")
-    for names, known in ((tasks, size.tasks), (mixers, MIXERS)):
-        for name in names:
-            if name not in known:
-                parser.error(f"{name!r}; expected some of {', '.join(known)}")
+    usual = [task for task in size.tasks if task not in TRACKING]
+    tasks, mixers = options.tasks.split(",") if options.tasks else usual, chosen(options.mixers)
+    rows.check_names(parser, tasks, size.tasks)
+    rows.check_names(parser, mixers, MIXERS)
     out = options.out or Path(__file__).parent / "results" / f"memory-{options.size}.jsonl"
-    wanted = [(rows.key_of(setting), setting) for setting in grid(size, tasks, mixers)]
-    measured = rows.read(out)
-    missing = [setting for key, setting in wanted if key not in measured]
-    print(f"{len(wanted)} rows, {len(missing)} missing in {out}", flush=True)
-    if not (options.dry_run or options.summary):
-        measure_all(missing, size, options.device, out, options.budget_seconds)
-        measured = rows.read(out)
+    settings = list(grid(size, tasks, mixers))
+    measured = rows.work(settings, out, options, lambda setting: measure(setting, size, options.device), describe)
     if not options.dry_run:
-        print(table(summarise([measured[key] for key, _ in wanted if key in measured])))
+        rows.show(memory_tables(memory_entries(measured)))
 
 
-def measure_all(settings: list[Row], size: Size, device: str, out: Path, budget: float) -> None:
-    about = {"code": rows.code(), **rows.machine(device)}
-    began = time.perf_counter()
-    for number, setting in enumerate(settings, 1):
-        spent = time.perf_counter() - began
-        if number > 1 and spent > budget:
-            print(f"budget of {budget:.0f} s spent; the same command goes on with {len(settings) - number + 1} rows")
-            return
-        row = measure(setting, size, device) | about
-        rows.append(out, row)
-        found = " ".join(f"{entry['load']}:{entry['accuracy']:.3f}" for entry in row["by_load"])
-        name = f"{row['task']} {row['mixer']} {row['memory']} lr {row['lr']:g} seed {row['seed']}"
-        print(f"[{number}/{len(settings)}, {spent + row['seconds']:.0f} s] {name}: {found}", flush=True)
+def memory_of(parser: argparse.ArgumentParser, text: str) -> tuple[int, int]:
+    """Heads and channels out of "2x32"; ends the program where it is none."""
+    parts = text.split("x")
+    if len(parts) != 2 or not all(part.isdecimal() and int(part) > 0 for part in parts):
+        parser.error(f"--memories has {text!r}; expected heads x channels, such as 2x32")
+    return int(parts[0]), int(parts[1])
+
+
+def describe(row: Row) -> str:
+    """One line about a row."""
+    found = " ".join(f"{entry['load']}:{entry['accuracy']:.3f}" for entry in row["by_load"])
+    return f"{row['task']} {row['mixer']} {row['memory']} lr {row['lr']:g} seed {row['seed']}: {found}"
 
 
 if __name__ == "__main__":

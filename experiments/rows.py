@@ -1,14 +1,19 @@
 """Rows of experiments: one JSON object a line, appended as soon as it is measured, found again by what it asked for."""
 
+import argparse
 import hashlib
 import json
 import subprocess
+import time
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
 import gdn2
+from gdn2.report.sources import read_rows
+from gdn2.report.tables import Table
 
 Row = dict[str, Any]
 
@@ -19,19 +24,12 @@ def key_of(setting: Row) -> str:
 
 
 def read(path: Path) -> dict[str, Row]:
-    """The rows of a file by key; a last line cut off by a crash is left out. ValueError for any other line."""
-    rows: dict[str, Row] = {}
-    if not path.exists():
-        return rows
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(keepends=True), 1):
-        if not line.endswith("\n"):
-            break
-        try:
-            row = json.loads(line)
-            rows[row["key"]] = row
-        except (ValueError, KeyError, TypeError) as error:
-            raise ValueError(f"{path}:{number}: no row of an experiment: {error}") from error
-    return rows
+    """The rows of a file by key, none where there is no file."""
+    return read_rows(path) if path.exists() else {}
+
+
+def show(tables: Sequence[Table]) -> None:
+    print("\n\n".join(table.markdown() for table in tables))
 
 
 def append(path: Path, row: Row) -> None:
@@ -59,3 +57,83 @@ def machine(device: str) -> Row:
     where = torch.device(device)
     name = torch.cuda.get_device_name(where) if where.type == "cuda" else "cpu"
     return {"device": name, "torch": torch.__version__}
+
+
+def add_options(parser: argparse.ArgumentParser, sizes: Collection[str], experiment: str) -> None:
+    """The options that every experiment has."""
+    parser.add_argument("--size", choices=sizes, default="small")
+    parser.add_argument("--out", type=Path, help=f"rows; else experiments/results/{experiment}-SIZE.jsonl")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument(
+        "--budget-seconds",
+        type=float,
+        default=float("inf"),
+        help="no row but the first is begun that would not end within it, if it takes as long as the longest so far",
+    )
+    parser.add_argument("--seeds", type=int, help="else the size's")
+    parser.add_argument("--dry-run", action="store_true", help="count the rows, measured and missing")
+    parser.add_argument("--summary", action="store_true", help="show the rows there are, measure none")
+
+
+def check_names(parser: argparse.ArgumentParser, names: Sequence[str], known: Collection[str]) -> None:
+    """End the program where a name is not known."""
+    for name in names:
+        if name not in known:
+            parser.error(f"{name!r}; expected some of {', '.join(known)}")
+
+
+def numbers(parser: argparse.ArgumentParser, option: str, text: str) -> tuple[float, ...]:
+    """The comma-separated numbers above 0 of an option; ends the program where one is none."""
+    found = []
+    for part in text.split(","):
+        try:
+            found.append(float(part))
+        except ValueError:
+            found.append(0.0)
+        if not 0 < found[-1] < float("inf"):
+            parser.error(f"{option} has {part!r}; expected numbers above 0, separated by commas")
+    return tuple(found)
+
+
+def work(
+    settings: Sequence[Row],
+    out: Path,
+    options: argparse.Namespace,
+    measure: Callable[[Row], Row],
+    describe: Callable[[Row], str],
+) -> list[Row]:
+    """Measure the settings whose rows are not in `out`, in order, as far as the options say; the rows there are then.
+
+    Each is appended as soon as it is there, with the code and the machine that measured it.
+    """
+    wanted = {key_of(setting): setting for setting in settings}
+    measured = read(out)
+    missing = [setting for key, setting in wanted.items() if key not in measured]
+    print(f"{len(wanted)} rows, {len(missing)} missing in {out}", flush=True)
+    if not (options.dry_run or options.summary):
+        _measure_all(missing, out, options, measure, describe)
+        measured = read(out)
+    return [measured[key] for key in wanted if key in measured]
+
+
+def _measure_all(
+    settings: Sequence[Row],
+    out: Path,
+    options: argparse.Namespace,
+    measure: Callable[[Row], Row],
+    describe: Callable[[Row], str],
+) -> None:
+    about = {"code": code(), **machine(options.device)}
+    began = time.perf_counter()
+    longest = 0.0
+    for number, setting in enumerate(settings, 1):
+        spent = time.perf_counter() - began
+        if number > 1 and spent + longest > options.budget_seconds:
+            left = len(settings) - number + 1
+            print(f"budget of {options.budget_seconds:.0f} s nearly spent; the same command goes on with {left} rows")
+            return
+        row = measure(setting) | about
+        append(out, row)
+        ended = time.perf_counter() - began
+        longest = max(longest, ended - spent)
+        print(f"[{number}/{len(settings)}, {ended:.0f} s] {describe(row)}", flush=True)

@@ -28,6 +28,7 @@ ALLOWED = {
     "evaluation": {"data", "generate", "model"},
     "integrations": {"__init__", "config", "data", "evaluation", "generate", "layers", "model"},
     "inference": {"data", "generate", "layers", "model", "ops"},
+    "report": {"config", "data", "evaluation", "inference", "layers", "model", "training"},
     "selftest": {"layers", "ops"},
     "serving": {"__init__", "data", "inference", "layers", "model"},
     "__init__": {"config", "model", "presets"},

@@ -6,7 +6,6 @@ from dataclasses import replace
 import memory
 import pytest
 import rows
-from summary import summarise, table
 
 TINY = ["--device", "cpu", "--steps", "25", "--batch", "2"]
 
@@ -21,7 +20,7 @@ def test_gated_deltanet_2_learns_to_overwrite_where_linear_attention_does_not(tm
     found = {row["mixer"]: {e["load"]: e["accuracy"] for e in row["by_load"]} for row in rows.read(out).values()}
     assert found["gdn2"][4] > 0.95
     assert found["linear"][4] < 0.75
-    assert "| gdn2 | 1 | 0.01 |" in capsys.readouterr().out
+    assert f"| gdn2 | {100 * found['gdn2'][4]:.1f} | 1 | 0.01 |" in capsys.readouterr().out
 
 
 def test_a_row_holds_all_that_it_depends_on_and_is_measured_once(tmp_path, capsys):
@@ -54,7 +53,7 @@ def size():
 def test_grid_has_every_combination_and_the_mixers_innermost():
     full = memory.SIZES["full"]
     settings = list(memory.grid(full, list(full.tasks), list(memory.MIXERS)))
-    assert len(settings) == 3 * 4 * 3 * 3 * len(memory.MIXERS)
+    assert len(settings) == 3 * 6 * 3 * 3 * len(memory.MIXERS)
     assert [s["mixer"] for s in settings[: len(memory.MIXERS)]] == list(memory.MIXERS)
     assert len({rows.key_of(s) for s in settings}) == len(settings)
     for setting in settings:  # every load can be drawn
@@ -63,34 +62,19 @@ def test_grid_has_every_combination_and_the_mixers_innermost():
         task.draw(max(full.run.test_loads), 1, memory.torch.Generator().manual_seed(0))
 
 
-def row(mixer, lr, seed, validation, test):
-    entry = lambda load, accuracy: {"load": load, "accuracy": accuracy}  # noqa: E731
-    return {
-        "task": "mqar", "memory": [1, 16, 16], "mixer": mixer, "lr": lr, "seed": seed, "parameters": 7,
-        "validation": [entry(4, validation)], "by_load": [entry(4, test), entry(8, test / 2)],
-    }  # fmt: skip
-
-
-def test_summary_chooses_by_validation_and_shows_test_over_seeds():
-    found = [
-        row("gdn2", 1e-3, 0, 0.9, 0.8), row("gdn2", 1e-3, 1, 0.7, 0.6),
-        row("gdn2", 1e-2, 0, 0.5, 1.0), row("gdn2", 1e-2, 1, 0.5, 1.0),
-        row("gdn2", 3e-3, 0, 1.0, 1.0),  # its second seed is missing: not compared
-        row("linear", 1e-3, 0, 0.1, 0.2),
-    ]  # fmt: skip
-    gdn2, linear = summarise(found)
-    assert (gdn2["lr"], gdn2["seeds"], gdn2["rates"]) == (1e-3, 2, [1e-3, 3e-3, 1e-2])
-    assert gdn2["by_load"][0] == {
-        "load": 4, "seeds": [0.8, 0.6], "mean": pytest.approx(0.7), "deviation": pytest.approx(0.02**0.5)
-    }  # fmt: skip
-    assert linear["by_load"][1]["deviation"] is None
-    assert "| gdn2 | 2 | 0.001 | 70.0 ± 14.1 | 35.0 ± 7.1 |" in table([linear, gdn2])
-
-
 def test_unknown_names_and_broken_rows_are_refused(tmp_path, capsys):
     with pytest.raises(SystemExit):
         memory.main(["--mixers", "gru"])
     assert "'gru'; expected some of gdn2" in capsys.readouterr().err
+    for arguments, message in (
+        (["--memories", "16"], "--memories has '16'; expected heads x channels"),
+        (["--rates", "1e-3,fast"], "--rates has 'fast'; expected numbers above 0"),
+    ):
+        with pytest.raises(SystemExit):
+            memory.main(arguments)
+        assert message in capsys.readouterr().err
+    memory.main(["--memories", "1x8,2x16", "--rates", "1e-3", "--dry-run", "--out", str(tmp_path / "none.jsonl")])
+    assert "14 rows, 14 missing" in capsys.readouterr().out
     (tmp_path / "rows.jsonl").write_text("[]\n")
     with pytest.raises(ValueError, match=r"rows\.jsonl:1: no row of an experiment"):
         rows.read(tmp_path / "rows.jsonl")

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from gdn2.cli import describe, evaluate, export, generate, prepare, selftest, serve, train
+from gdn2.cli import describe, evaluate, export, generate, prepare, report, selftest, serve, train
 from gdn2.cli.common import leave
 
 app = typer.Typer(
@@ -64,4 +64,5 @@ app.command()(serve.serve)
 app.command()(export.export)
 app.command()(describe.info)
 app.command()(describe.plot)
+app.command()(report.report)
 app.command()(selftest.selftest)

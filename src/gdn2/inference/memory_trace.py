@@ -63,8 +63,7 @@ class MemoryTrace:
         if block not in blocks:
             raise ValueError(f"block is {block}; expected one with a memory, of {', '.join(map(str, blocks))}")
         mixers: list[Any] = model.mixers()
-        self._mixers: list[DeltaMixer] = [mixers[i] for i in blocks]
-        heads = self._mixers[0].num_value_heads
+        heads = mixers[block].num_value_heads
         if not 0 <= head < heads:
             raise ValueError(f"head is {head}; expected 0 to {heads - 1}")
         self.model, self.block, self.head = model, blocks.index(block), head
@@ -73,38 +72,54 @@ class MemoryTrace:
     @torch.inference_mode()
     def read(self, tokens: Sequence[int]) -> list[TokenTrace]:
         """Read more tokens, one or more; returns a trace of each, on the CPU in float32."""
-        inputs: dict[nn.Module, tuple[Tensor, DeltaState]] = {}
-
-        def note(mixer: nn.Module, args: tuple[Any, ...]) -> None:
-            inputs[mixer] = args[0], args[1]
-
-        hooks = [mixer.register_forward_pre_hook(note) for mixer in self._mixers]
-        try:
-            ids = torch.tensor([list(tokens)], device=next(self.model.parameters()).device)
-            _, self.state = self.model(ids, self.state)
-        finally:
-            for hook in hooks:
-                hook.remove()
-        blocks = [_updates(mixer, *inputs[mixer]) for mixer in self._mixers]
+        blocks, self.state = trace_blocks(self.model, tokens, self.state)
         sizes = [torch.stack([getattr(block, name) for block in blocks], 1) for name in ("faded", "erased", "written")]
         chosen = blocks[self.block]
-        rows = zip(*(size.float().cpu() for size in sizes), *(part[:, self.head].float().cpu() for part in chosen[3:]))
+        head = (part[:, self.head] for part in (chosen.alpha, chosen.key, chosen.erase, chosen.write))
+        rows = zip(*(part.float().cpu() for part in (*sizes, *head)))
         return [TokenTrace(row[0], row[1], row[2], HeadUpdate(*row[3:])) for row in rows]
 
 
-class _Updates(NamedTuple):
-    """Of T tokens in one block; sizes [T, HV], then the parts of `HeadUpdate` [T, HV, K or V]."""
+class BlockTrace(NamedTuple):
+    """What T tokens did to the memories of one block's HV heads, in the memory's dtype.
+
+    faded, erased, written [T, HV]: Frobenius norms of the changes; alpha, key, along [T, HV, K]: what is kept, where
+    the token writes, and where it erases (its erase gate times its key); erase, write [T, HV, V]: the values e and z;
+    erase_gate [T, H, K or 1], write_gate [T, HV, V or 1].
+    """
 
     faded: Tensor
     erased: Tensor
     written: Tensor
     alpha: Tensor
     key: Tensor
+    along: Tensor
     erase: Tensor
     write: Tensor
+    erase_gate: Tensor
+    write_gate: Tensor
 
 
-def _updates(mixer: DeltaMixer, x: Tensor, state: DeltaState) -> _Updates:
+@torch.inference_mode()
+def trace_blocks(model: LanguageModel, tokens: Sequence[int], state: Any) -> tuple[list[BlockTrace], Any]:
+    """Read tokens from a state of one sequence; the trace of each block with a delta rule, and the state after them."""
+    inputs: dict[nn.Module, tuple[Tensor, DeltaState]] = {}
+
+    def note(mixer: nn.Module, args: tuple[Any, ...]) -> None:
+        inputs[mixer] = args[0], args[1]
+
+    mixers = [mixer for mixer in model.mixers() if isinstance(mixer, DeltaMixer)]
+    hooks = [mixer.register_forward_pre_hook(note) for mixer in mixers]
+    try:
+        ids = torch.tensor([list(tokens)], device=next(model.parameters()).device)
+        _, state = model(ids, state)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return [_updates(mixer, *inputs[mixer]) for mixer in mixers], state
+
+
+def _updates(mixer: DeltaMixer, x: Tensor, state: DeltaState) -> BlockTrace:
     """Run the recurrence of a mixer's memory on x [1, T, d_model], token by token, from the state before it."""
     group = mixer.num_value_heads // mixer.num_heads
     k, _ = short_conv(mixer.k_proj(x), mixer.conv_k, state.conv_k)
@@ -117,8 +132,9 @@ def _updates(mixer: DeltaMixer, x: Tensor, state: DeltaState) -> _Updates:
     alpha = torch.ones_like(key)
     if log_decay is not None:
         alpha = alpha * log_decay[0].to(S.dtype).exp().repeat_interleave(group, 1)
-    along = erase_gate[0].to(S.dtype).repeat_interleave(group, 1) * key
-    write = write_gate[0].to(S.dtype) * v
+    erase_gate, write_gate = erase_gate[0].to(S.dtype), write_gate[0].to(S.dtype)
+    along = erase_gate.repeat_interleave(group, 1) * key
+    write = write_gate * v
     faded, erased = [], []
     for t in range(x.shape[1]):
         kept = alpha[t, :, :, None] * S
@@ -127,4 +143,4 @@ def _updates(mixer: DeltaMixer, x: Tensor, state: DeltaState) -> _Updates:
         S = kept + key[t, :, :, None] * (write[t] - erased[-1])[:, None]
     erase, lengths = torch.stack(erased), key.norm(dim=-1)
     sizes = torch.stack(faded), lengths * erase.norm(dim=-1), lengths * write.norm(dim=-1)
-    return _Updates(*sizes, alpha, key, erase, write)
+    return BlockTrace(*sizes, alpha, key, along, erase, write, erase_gate, write_gate)

@@ -1,0 +1,1 @@
+"""One HTML page that compares runs and the rows of experiments (`gdn2 report`)."""

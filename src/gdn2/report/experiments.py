@@ -1,0 +1,217 @@
+"""Rows of experiments (see docs/experiments.md), summarised over their seeds, and as tables.
+
+All learning rates of a group that every one of its seeds has are compared, and the best one's rows are shown: by
+accuracy on validation questions for memory tasks, by bits per byte of held-out text for language models.
+"""
+
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from statistics import fmean
+from typing import Any
+
+from gdn2.report.tables import Table, mean_and_deviation, mean_and_interval
+
+Row = dict[str, Any]
+BASE = "gdn2"  # what the others are compared with
+KINDS = ("recurrent", "hybrid", "attention")
+
+
+@dataclass(frozen=True)
+class Entry:
+    """The rows of one model at its best learning rate, one for each seed, and all rates that were tried."""
+
+    group: tuple[Any, ...]
+    mixer: str
+    lr: float
+    rates: tuple[float, ...]
+    rows: tuple[Row, ...]
+
+    @property
+    def first(self) -> Row:
+        return self.rows[0]
+
+
+def entries_of(
+    rows: Sequence[Row], group: Callable[[Row], tuple[Any, ...]], badness: Callable[[Row], float]
+) -> list[Entry]:
+    """One entry for each group and mixer: the rate whose mean badness over its seeds is lowest, of those that all
+    seeds of the entry have. Rows that failed are in none (see `failures`)."""
+    found: dict[tuple, dict[float, list[Row]]] = defaultdict(lambda: defaultdict(list))
+    for row in rows:
+        if "failed" not in row:
+            found[group(row), row["mixer"]][row["lr"]].append(row)
+    entries = []
+    for (name, mixer), rates in found.items():
+        most = max(map(len, rates.values()))
+        whole = {rate: seeds for rate, seeds in rates.items() if len(seeds) == most}
+        best = min(whole, key=lambda rate: fmean(map(badness, whole[rate])))
+        entries.append(Entry(name, mixer, best, tuple(sorted(rates)), tuple(whole[best])))
+    return entries
+
+
+def failures(rows: Sequence[Row]) -> list[str]:
+    """A sentence for each row whose training failed."""
+    failed = [row for row in rows if "failed" in row]
+    return [
+        f"{row['kind']} {row['mixer']} at learning rate {row['lr']:g}, seed {row['seed']}, failed: {row['failed']}"
+        for row in failed
+    ]
+
+
+def memory_entries(rows: Sequence[Row]) -> list[Entry]:
+    """Of the experiment "memory", by task and memory."""
+    return entries_of(
+        rows,
+        lambda row: (row["task"], tuple(row["memory"])),
+        lambda row: -fmean(answer["accuracy"] for answer in row["validation"]),
+    )
+
+
+def language_entries(rows: Sequence[Row]) -> list[Entry]:
+    """Of the experiment "language", by text, length of training, and kind of model."""
+    return entries_of(
+        rows,
+        lambda row: (row["corpus"]["train_sha256"], row["config"]["train"]["tokens"], row["kind"]),
+        lambda row: bits(row)[0],
+    )
+
+
+def bits(row: Row) -> list[float]:
+    """Bits per byte of a language row, at the training length and beyond."""
+    return [score["bits_per_byte"] for score in row["language"].values()]
+
+
+def accuracies(entry: Entry) -> dict[int, list[float]]:
+    """Percent right by load, of each seed."""
+    by_load: dict[int, list[float]] = defaultdict(list)
+    for row in entry.rows:
+        for answer in row["by_load"]:
+            by_load[answer["load"]].append(100 * answer["accuracy"])
+    return by_load
+
+
+def found(entry: Entry, task: str) -> dict[int, list[float]]:
+    """Percent of a task's needles found by length, of each seed."""
+    by_length: dict[int, list[float]] = defaultdict(list)
+    for row in entry.rows:
+        for cell in row["needles"]:
+            if cell["task"] == task:
+                by_length[cell["length"]].append(cell["found"])
+    return by_length
+
+
+def needle_tasks(entry: Entry) -> list[str]:
+    return list(dict.fromkeys(cell["task"] for cell in entry.first["needles"]))
+
+
+def memory_tables(entries: Sequence[Entry]) -> list[Table]:
+    """A table for each task and memory: a row for each mixer, best first, a column for each load; then one of the
+    differences to Gated DeltaNet-2."""
+    tables = []
+    for group in dict.fromkeys(entry.group for entry in entries):
+        mine = [(entry, accuracies(entry)) for entry in entries if entry.group == group]
+        mine.sort(key=lambda pair: -fmean(map(fmean, pair[1].values())))
+        task, memory = group
+        loads = list(mine[0][1])
+        tables.append(
+            Table(
+                f"{task}, memory {' x '.join(map(str, memory))} a layer, accuracy in percent by load",
+                ("mixer", *map(str, loads), "seeds", "lr"),
+                tuple(
+                    (entry.mixer, *(mean_and_deviation(by_load[load], 1) for load in loads), *training(entry))
+                    for entry, by_load in mine
+                ),
+            )
+        )
+    return tables + _differences(
+        "Percent right of Gated DeltaNet-2 less that of each mixer, mean over loads",
+        [("difference", lambda row: 100 * fmean(answer["accuracy"] for answer in row["by_load"]), 1)],
+        entries,
+        lambda entry: f"{entry.group[0]}, {' x '.join(map(str, entry.group[1]))}: {entry.mixer}",
+    )
+
+
+def language_tables(entries: Sequence[Entry]) -> list[Table]:
+    """For each text and length of training a table of bits per byte, one of needles for each task, and one of the
+    differences to Gated DeltaNet-2."""
+    tables = []
+    for text, tokens in dict.fromkeys(entry.group[:2] for entry in entries):
+        mine = in_order([entry for entry in entries if entry.group[:2] == (text, tokens)])
+        title = f"text {str(text)[:8]}, {tokens:,} tokens each"
+        places = [f"windows of {int(length):,}" for length in mine[0].first["language"]]
+        columns = [[[bits(row)[i] for row in entry.rows] for entry in mine] for i in range(len(places))]
+        tables.append(_language_table(f"Bits per byte of held-out files; {title}", mine, places, columns, 4))
+        for task in needle_tasks(mine[0]):
+            lengths = list(found(mine[0], task))
+            columns = [[found(entry, task)[length] for entry in mine] for length in lengths]
+            samples = mine[0].first["needles"][0]["samples"]
+            name = f"{task}, percent of {samples} found, by tokens of the prompt; {title}"
+            tables.append(_language_table(name, mine, [f"{length:,}" for length in lengths], columns, 1))
+        measures: list[Measure] = [("bits per byte", lambda row: bits(row)[0], 4)]
+        measures += [(f"{task}, %", partial(_mean_found, task=task), 1) for task in needle_tasks(mine[0])]
+        tables += _differences(
+            f"Gated DeltaNet-2 less each model of its kind, needles as means over lengths; {title}",
+            measures,
+            mine,
+            lambda entry: f"{entry.group[2]} {entry.mixer}",
+        )
+    return tables
+
+
+def _mean_found(row: Row, task: str) -> float:
+    return fmean(cell["found"] for cell in row["needles"] if cell["task"] == task)
+
+
+Measure = tuple[str, Callable[[Row], float], int]
+
+
+def _differences(
+    title: str, measures: Sequence[Measure], entries: Sequence[Entry], name: Callable[[Entry], str]
+) -> list[Table]:
+    """A table of the mean differences between Gated DeltaNet-2 and the others of its group, each with the half width
+    of its 95 % interval over the seeds that both have; none where there is nothing to compare."""
+    base = {entry.group: entry for entry in entries if entry.mixer == BASE}
+    rows = []
+    for entry in entries:
+        if entry.mixer == BASE or entry.group not in base:
+            continue
+        mine = {row["seed"]: row for row in base[entry.group].rows}
+        pairs = [(mine[row["seed"]], row) for row in entry.rows if row["seed"] in mine]
+        if pairs:
+            cells = (mean_and_interval([of(a) - of(b) for a, b in pairs], digits) for _, of, digits in measures)
+            rows.append((name(entry), *cells, str(len(pairs))))
+    heads = ("compared with", *(measure for measure, _, _ in measures), "seeds")
+    return [Table(f"{title}; 95 % intervals", heads, tuple(rows))] if rows else []
+
+
+def in_order(entries: Sequence[Entry]) -> list[Entry]:
+    """By kind, and within a kind fewer bits first."""
+    return sorted(
+        entries,
+        key=lambda entry: (KINDS.index(str(entry.group[2])), fmean(bits(row)[0] for row in entry.rows)),
+    )
+
+
+def _language_table(
+    title: str, entries: Sequence[Entry], heads: list[str], columns: list[list[list[float]]], digits: int
+) -> Table:
+    return Table(
+        title,
+        ("model", *heads, "seeds", "lr", "parameters"),
+        tuple(
+            (
+                f"{entry.group[2]} {entry.mixer}",
+                *(mean_and_deviation(column[i], digits) for column in columns),
+                *training(entry),
+                f"{entry.first['parameters'] / 1e6:.2f}M",
+            )
+            for i, entry in enumerate(entries)
+        ),
+    )
+
+
+def training(entry: Entry) -> tuple[str, str]:
+    """How many seeds, and at which learning rate."""
+    return str(len(entry.rows)), f"{entry.lr:g}"

@@ -1,0 +1,84 @@
+"""Summaries of experiments' rows compare fairly: one learning rate for all seeds, chosen away from what is shown."""
+
+import json
+
+import pytest
+from report.conftest import language_row, memory_row
+
+from gdn2.report.experiments import failures, language_entries, language_tables, memory_entries, memory_tables
+from gdn2.report.sources import read_rows, read_sources
+from gdn2.report.tables import mean_and_interval
+
+
+def test_memory_rates_are_chosen_by_validation_and_test_questions_shown(experiments):
+    gdn2, kda = memory_entries(list(read_rows(experiments / "memory.jsonl").values()))
+    assert (gdn2.mixer, gdn2.lr, gdn2.rates, len(gdn2.rows)) == ("gdn2", 1e-2, (1e-3, 1e-2), 2)
+    table, differences = memory_tables([gdn2, kda])
+    assert table.heads == ("mixer", "4", "8", "seeds", "lr")
+    assert table.rows[0] == ("gdn2", "80.0 ± 14.1", "25.0 ± 0.0", "2", "0.01")
+    assert "| gdn2 | 80.0 ± 14.1 | 25.0 ± 0.0 | 2 | 0.01 |" in table.markdown()
+    assert differences.rows == (("mqar, 1 x 16 x 16: kda", "+0.0 ± 0.0", "2"),)
+
+
+def test_a_rate_that_a_seed_lacks_is_not_compared():
+    rows = [memory_row("a", "gdn2", 1e-3, 0), memory_row("b", "gdn2", 1e-3, 1), memory_row("c", "gdn2", 1e-2, 0)]
+    (entry,) = memory_entries(rows)
+    assert (entry.lr, entry.rates, len(entry.rows)) == (1e-3, (1e-3, 1e-2), 2)
+    (single,) = memory_tables(memory_entries(rows[2:]))
+    assert single.rows == (("gdn2", "90.0", "25.0", "1", "0.01"),)  # one seed has no deviation
+
+
+def test_language_rates_are_chosen_by_bits_and_kinds_stand_together(experiments):
+    rows = list(read_rows(experiments / "language.jsonl").values())
+    rows.append(language_row("h", "gdn2", 1e-3, 0) | {"kind": "hybrid"})
+    tables = language_tables(language_entries(rows))
+    assert [table.title.split(",")[0] for table in tables] == [
+        "Bits per byte of held-out files; text 01234567", "niah_single_1", "niah_multikey_1",
+        "Gated DeltaNet-2 less each model of its kind",
+    ]  # fmt: skip
+    assert [row[0] for row in tables[0].rows] == ["recurrent gdn2", "recurrent kda", "hybrid gdn2"]
+    assert tables[0].rows[0] == ("recurrent gdn2", "1.6000 ± 0.1414", "1.7000 ± 0.1414", "2", "0.001", "12.00M")
+    assert tables[1].rows[0] == ("recurrent gdn2", "40.0 ± 0.0", "40.0 ± 0.0", "2", "0.001", "12.00M")
+    assert tables[3].heads == ("compared with", "bits per byte", "niah_single_1, %", "niah_multikey_1, %", "seeds")
+    assert tables[3].rows == (("recurrent kda", "-0.2000 ± 0.0000", "+0.0 ± 0.0", "+0.0 ± 0.0", "2"),)
+    other = [row | {"key": "o", "corpus": {"train_sha256": "ffff"}} for row in rows[:1]]
+    assert len(language_tables(language_entries(rows + other))) == 7  # another text is never mixed in
+
+
+def test_failed_rows_are_named_and_counted_nowhere():
+    failed = {key: value for key, value in language_row("a", "kda", 1e-2, 0).items() if key not in ("needles", "loss")}
+    del failed["language"]
+    rows = [failed | {"failed": "stopped at step 3"}, language_row("b", "kda", 1e-3, 0)]
+    (entry,) = language_entries(rows)
+    assert (entry.lr, entry.rates) == (1e-3, (1e-3,))
+    assert failures(rows) == ["recurrent kda at learning rate 0.01, seed 0, failed: stopped at step 3"]
+
+
+def test_differences_are_between_the_same_seeds_with_students_interval():
+    base = [language_row(f"g{seed}", "gdn2", 1e-3, seed) for seed in (0, 1, 2)]
+    other = [language_row(f"k{seed}", "kda", 1e-3, seed) for seed in (3, 2, 1, 0)]
+    for row, less in zip(other, (9.0, 3.0, 2.0, 1.0)):  # seed 3 has nobody to compare with
+        row["language"]["512"]["bits_per_byte"] = base[row["seed"] % 3]["language"]["512"]["bits_per_byte"] - less
+    table = language_tables(language_entries([*base, *other]))[-1]
+    assert table.rows[0][1] == "+2.0000 ± 2.4843"  # 4.303 times 1 / sqrt(3)
+    assert table.rows[0][-1] == "3"
+    assert mean_and_interval([0.25], 2) == "+0.25"
+
+
+def test_what_is_no_row_is_named(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    path.write_text('{"key": "a", "experiment": "memory"}\n{"key": "half')
+    assert list(read_rows(path)) == ["a"]
+    for text, message in (("[]\n", "1: no row"), ('{"key": "a", "experiment": "speed"}\n', "experiment is 'speed'")):
+        path.write_text(text)
+        with pytest.raises(ValueError, match=message):
+            read_rows(path)
+    with pytest.raises(ValueError, match="does not exist"):
+        read_sources([tmp_path / "nothing"])
+    path.write_text("")
+    with pytest.raises(ValueError, match="holds nothing new to report"):
+        read_sources([tmp_path])
+    path.write_text(json.dumps(memory_row("a", "gdn2", 1e-3, 0)) + "\n")
+    assert len(read_sources([tmp_path]).rows["memory"]) == 1
+    with pytest.raises(ValueError, match="holds nothing new"):
+        read_sources([path, tmp_path])
