@@ -2,7 +2,7 @@
 
 import re
 from pathlib import Path
-from typing import Protocol, cast
+from typing import Any, Protocol, cast
 
 import torch
 import torch.nn.functional as F
@@ -42,6 +42,8 @@ class Mixer(Protocol):
         self, batch: int, device: torch.device | str | None = None, dtype: torch.dtype | None = None
     ) -> LayerState: ...
 
+    def step(self, x: Tensor, state: Any) -> Tensor: ...
+
     def flops(self, context: int) -> float: ...
 
 
@@ -77,6 +79,12 @@ class Block(nn.Module):
         mixed, state = self.mixer(self.mixer_norm(x), state, cu_seqlens, output_state)
         x = x + mixed
         return x + self.mlp(self.mlp_norm(x)), state
+
+    def step(self, x: Tensor, state: LayerState) -> Tensor:
+        """`forward` of one token [B, 1, d_model] of each sequence; `state` is written in place."""
+        x = x + cast(Mixer, self.mixer).step(self.mixer_norm(x), state)
+        hidden: Tensor = x + self.mlp(self.mlp_norm(x))
+        return hidden
 
 
 MIXERS: dict[str, type[nn.Module]] = {
@@ -166,6 +174,25 @@ class LanguageModel(nn.Module):
             x, after = block(x, before, cu_seqlens, output_state)
             states.append(after)
         return self.norm(x), tuple(states) if output_state else None
+
+    def step(self, tokens: Tensor, state: ModelState) -> Tensor:
+        """Read one token of each sequence, without gradients; `state` is written in place.
+
+        It never waits for a GPU, so that a CUDA graph can capture it; `gdn2.inference.DecodeStep` does. With full
+        attention the state must have an empty slot left for every sequence, as from `make_room`.
+
+        Args:
+            tokens: [N, 1] integers below the vocabulary's size.
+            state: one entry per block, N rows each.
+
+        Returns:
+            hidden [N, d_model] after the final norm.
+        """
+        x = self.embedding(tokens)
+        for block, own in zip(self.blocks, state):
+            x = cast(Block, block).step(x, own)
+        hidden: Tensor = self.norm(x)
+        return hidden[:, -1]
 
     def logits(self, hidden: Tensor) -> Tensor:
         """[..., d_model] -> [..., vocab_size] in float32 (float64 in a float64 model)."""

@@ -121,6 +121,27 @@ class SlidingWindowAttention(nn.Module):
         capacity = before.keys.shape[1] + T if self.window is None else self.window
         return y, _remember(before, k, v, starts, lengths, capacity)
 
+    def step(self, x: Tensor, state: AttentionState) -> Tensor:
+        """`forward` of one token [B, 1, d_model] of each sequence; `state` is written in place. No gradients.
+
+        With full attention the state must have an empty slot left for every sequence: nothing here checks it, since
+        that would wait for the GPU, and the oldest keys would be written over.
+        """
+        N, slots = x.shape[0], state.keys.shape[1]
+        heads = (self.num_heads, self.head_dim)
+        positions = state.position[:, None]
+        angles = rotary_angles(positions, rotary_frequencies(self.head_dim, *self.rope, device=x.device))
+        q = rotate(self.q_proj(x).unflatten(-1, heads), angles)
+        k = rotate(self.k_proj(x).unflatten(-1, heads), angles)
+        v = self.v_proj(x).unflatten(-1, heads)
+        where = torch.arange(N, device=x.device), state.position % slots
+        state.keys.index_put_(where, k[:, 0].to(state.keys.dtype))
+        state.values.index_put_(where, v[:, 0].to(state.values.dtype))
+        state.position.add_(1)
+        seen = _newest(state.position, slots) >= 0
+        o = _sdpa(q, state.keys.to(q.dtype), state.values.to(q.dtype), seen[:, None], self.scale)
+        return self.out_proj(o.flatten(-2))
+
     def _one_by_one(
         self, x: Tensor, state: AttentionState | None, cu_seqlens: Tensor, output_state: bool
     ) -> tuple[Tensor, AttentionState | None]:

@@ -1,16 +1,21 @@
 """The token mixer of every delta rule, and with its own gates that of Gated DeltaNet-2 (Figure 1, right)."""
 
+from typing import TYPE_CHECKING
+
 import torch
 from torch import Tensor, nn
 
 from gdn2.layers.gates import ChannelGates, Gates
 from gdn2.layers.linear import Linear, check_sizes, low_rank
 from gdn2.layers.norm import GatedRMSNorm, l2_norm
-from gdn2.layers.state import DeltaState, check_kind, count_sequences
+from gdn2.layers.state import DeltaState, check_kind, count_sequences, overwrite
 from gdn2.ops import gated_delta_rule_2
 from gdn2.ops.fused import fused
 from gdn2.ops.projected import rule_from_projections
 from gdn2.ops.short_conv import short_conv
+
+if TYPE_CHECKING:
+    from gdn2.ops.kernels.decode import Token, Weights
 
 
 class DeltaMixer(nn.Module):
@@ -134,6 +139,12 @@ class DeltaMixer(nn.Module):
             return y, None
         return y, DeltaState(conv_q, conv_k, conv_v, memory)
 
+    def step(self, x: Tensor, state: DeltaState) -> Tensor:
+        """`forward` of one token [B, 1, d_model] of each sequence; `state` is written in place. No gradients."""
+        y, after = self(x, state)
+        overwrite(state, after)
+        return y
+
     def read_out(self, o: Tensor, x: Tensor) -> Tensor:
         """The operator's output [B, T, HV, V], normalised and gated by x [B, T, d_model]."""
         gated: Tensor = self.norm(o, self.output_gate(x).unflatten(-1, (self.num_value_heads, self.value_dim)))
@@ -195,21 +206,39 @@ class GatedDeltaNet2(DeltaMixer):
             return y, after if output_state else None
         return super().forward(x, state, cu_seqlens, output_state)
 
+    def step(self, x: Tensor, state: DeltaState) -> Tensor:
+        """As `DeltaMixer.step`; on a GPU one kernel that reads and writes the memory once."""
+        if not (self.gates.plain and fused(x)):
+            return super().step(x, state)
+        from gdn2.ops.kernels import decode
+
+        check_kind(state, DeltaState)
+        token, weights = self._projected(x)
+        y = decode.decode_in_place(token, weights, decode.State(*state), None, **self._options())
+        return self.out_proj(y).unsqueeze(1)
+
     def _step(self, x: Tensor, state: DeltaState) -> tuple[Tensor, DeltaState]:
         """`forward` of one token [B, 1, d_model], fused between the projections."""
         from gdn2.ops.kernels import decode
 
-        gates, decay = self.gates, self.gates.decay
-        projected = self.q_proj(x), self.k_proj(x), self.v_proj(x), *gates.project(x), self.output_gate(x)
-        token = decode.Token(*(p.flatten(1) for p in projected))
-        weights = decode.Weights(self.conv_q, self.conv_k, self.conv_v, decay.rate, decay.delta, self.norm.weight)
+        token, weights = self._projected(x)
         conv_q, conv_k, conv_v = (tail.to(p.dtype) for tail, p in zip(state[:3], token))
-        y, after = decode.decode(
-            token,
-            weights,
-            decode.State(conv_q, conv_k, conv_v, state.memory),
-            scale=self.key_dim**-0.5,
-            largest_erase=gates.largest_erase,
-            norm_eps=self.norm.eps,
-        )
+        before = decode.State(conv_q, conv_k, conv_v, state.memory)
+        y, after = decode.decode(token, weights, before, **self._options())
         return self.out_proj(y).unsqueeze(1), DeltaState(*after)
+
+    def _projected(self, x: Tensor) -> "tuple[Token, Weights]":
+        """What the fused step takes of one token [B, 1, d_model] and of this layer."""
+        from gdn2.ops.kernels import decode
+
+        decay = self.gates.decay
+        projected = self.q_proj(x), self.k_proj(x), self.v_proj(x), *self.gates.project(x), self.output_gate(x)
+        weights = decode.Weights(self.conv_q, self.conv_k, self.conv_v, decay.rate, decay.delta, self.norm.weight)
+        return decode.Token(*(p.flatten(1) for p in projected)), weights
+
+    def _options(self) -> dict[str, float]:
+        return {
+            "scale": self.key_dim**-0.5,
+            "largest_erase": self.gates.largest_erase,
+            "norm_eps": self.norm.eps,
+        }

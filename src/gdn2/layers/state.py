@@ -88,6 +88,25 @@ def own_state(state: Any) -> Any:
     return tuple(type(block)(*map(own, block)) for block in state)
 
 
+def overwrite(state: Sequence[Tensor], new: Sequence[Tensor]) -> None:
+    """Copy the tensors of a block's state into those of another, whose dtypes they take."""
+    for tensor, value in zip(state, new):
+        tensor.copy_(value)
+
+
+def with_room(state: Any, slots: int) -> Any:
+    """The model state with room for `slots` tokens in its full attention: empty slots are added, or cut off the end."""
+
+    def fit(tensor: Tensor) -> Tensor:
+        tensor = tensor[:, :slots]
+        return F.pad(tensor, (0, 0, 0, 0, 0, slots - tensor.shape[1]))
+
+    return tuple(
+        block._replace(keys=fit(block.keys), values=fit(block.values)) if isinstance(block, AttentionState) else block
+        for block in state
+    )
+
+
 def state_bytes(state: Any) -> int:
     """Bytes of all tensors of a model state."""
     return sum(tensor.numel() * tensor.element_size() for block in state for tensor in block)

@@ -199,7 +199,7 @@ def _(
 
 @torch.library.custom_op("gdn2::decode_in_place", mutates_args=("pool",))
 def _decode_in_place(
-    token: list[Tensor], weights: list[Tensor], pool: list[Tensor], slots: Tensor, scale: float, largest: float,
+    token: list[Tensor], weights: list[Tensor], pool: list[Tensor], slots: Tensor | None, scale: float, largest: float,
     norm_eps: float,
 ) -> Tensor:  # fmt: skip
     where = State(*pool)
@@ -208,7 +208,7 @@ def _decode_in_place(
 
 @_decode_in_place.register_fake
 def _(
-    token: list[Tensor], weights: list[Tensor], pool: list[Tensor], slots: Tensor, scale: float, largest: float,
+    token: list[Tensor], weights: list[Tensor], pool: list[Tensor], slots: Tensor | None, scale: float, largest: float,
     norm_eps: float,
 ) -> Tensor:  # fmt: skip
     return token[-1].new_empty(token[-1].shape)
@@ -227,14 +227,15 @@ def decode(
 
 
 def decode_in_place(
-    token: Token, weights: Weights, pool: State, slots: Tensor, *, scale: float, largest_erase: float, norm_eps: float
-) -> Tensor:
+    token: Token, weights: Weights, pool: State, slots: Tensor | None = None, *, scale: float, largest_erase: float,
+    norm_eps: float,
+) -> Tensor:  # fmt: skip
     """As `decode`, on a pool of states: sequence n lives in row slots[n], which is updated; no row may occur twice.
 
-    slots [N] int32 or int64. ValueError also for a pool that is not contiguous.
+    slots [N] int32 or int64; None for row n. ValueError also for a pool that is not contiguous.
     """
-    _check(token, weights, pool, pool.memory.shape[0])
-    if slots.shape != token.k.shape[:1] or slots.dtype not in (torch.int32, torch.int64):
+    _check(token, weights, pool, token.k.shape[0] if slots is None else pool.memory.shape[0])
+    if slots is not None and (slots.shape != token.k.shape[:1] or slots.dtype not in (torch.int32, torch.int64)):
         found = f"slots is {slots.dtype} of shape {list(slots.shape)}"
         raise ValueError(f"{found}; expected int32 or int64 of shape {list(token.k.shape[:1])}")
     for name, x in zip(State._fields, pool):
