@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gdn2.layers.state import AttentionState, overwrite, state_bytes, with_room
+from gdn2.layers.state import AttentionState, check_memory_dtype, overwrite, state_bytes, with_memory, with_room
 from gdn2.model import LanguageModel
 
 LEAST_ROOM = 64  # keys; full attention's room grows by a quarter, so that a graph is captured anew only now and then
@@ -28,6 +28,8 @@ class DecodeStep:
         rows: sequences N.
         graph: whether to step from a CUDA graph; None does so on a GPU, unless autocast is on: what it casts would be
             captured with the step and cast again for every token. Give it a model in bfloat16 instead.
+        memory_dtype: what memories are kept in from token to token. bfloat16 halves them and their traffic, and rounds
+            them after each token; None is what the model says, at least float32.
 
     Attributes:
         state: the model's state of all rows. Write it in place (`put`) or read it; the tensors are the step's own.
@@ -35,14 +37,17 @@ class DecodeStep:
             NaN. Both are written over by the next step.
 
     Raises:
-        ValueError: rows below 1, or a graph asked for where there can be none.
+        ValueError: rows below 1, another memory_dtype, or a graph asked for where there can be none.
     """
 
     @torch.inference_mode()
-    def __init__(self, model: LanguageModel, rows: int, graph: bool | None = None) -> None:
+    def __init__(
+        self, model: LanguageModel, rows: int, graph: bool | None = None, memory_dtype: torch.dtype | None = None
+    ) -> None:
+        check_memory_dtype(memory_dtype)
         if rows < 1:
             raise ValueError(f"rows is {rows}; expected an integer >= 1")
-        self.model, self.rows = model, rows
+        self.model, self.rows, self.memory_dtype = model, rows, memory_dtype
         self.device = next(model.parameters()).device
         self.graph = _graph_here(self.device) if graph is None else graph
         if self.graph:
@@ -131,7 +136,7 @@ class DecodeStep:
     def _prepare(self, room: int) -> Any:
         """Fresh state, and what is needed to step on it."""
         dtype = torch.get_autocast_dtype(self.device.type) if torch.is_autocast_enabled(self.device.type) else None
-        self.state = self.model.initial_state(self.rows, dtype=dtype)
+        self.state = with_memory(self.model.initial_state(self.rows, dtype=dtype), self.memory_dtype)
         if self._full:
             self.state = with_room(self.state, room)
         if self.graph:

@@ -119,10 +119,10 @@ class Engine:
         slots: texts that run at a time; more wait their turn, first come first served.
         chunk: prompt tokens read between two steps.
         cache: states of prefixes, found and kept for prompts and for what followed them; its block is `chunk`.
-        graph: whether steps come from a CUDA graph, as for `DecodeStep`.
+        graph, memory_dtype: whether steps come from a CUDA graph, and what memories are kept in; see `DecodeStep`.
 
     Raises:
-        ValueError: slots or chunk below 1, a cache of another block, or a graph where there can be none.
+        ValueError: slots or chunk below 1, a cache of another block, or what `DecodeStep` refuses.
     """
 
     def __init__(
@@ -133,6 +133,7 @@ class Engine:
         chunk: int = 512,
         cache: PrefixCache | None = None,
         graph: bool | None = None,
+        memory_dtype: torch.dtype | None = None,
     ) -> None:
         for name, value in (("slots", slots), ("chunk", chunk)):
             if value < 1:
@@ -142,7 +143,7 @@ class Engine:
         self.model, self.tokenizer, self.chunk, self.cache = model, tokenizer, chunk, cache
         self._device = next(model.parameters()).device
         self._slots: list[_Running | None] = [None] * slots
-        self._step = DecodeStep(model, slots, graph)
+        self._step = DecodeStep(model, slots, graph, memory_dtype)
         self._fresh = model.initial_state(1)
         self._last = [0] * slots  # the token that each slot reads next
         self._waiting: deque[_Running] = deque()
@@ -256,7 +257,7 @@ class Engine:
         """Read the next chunk of a prompt, and give it a slot once it is read."""
         if self._reading is None and self._waiting and None in self._slots:
             self._reading = self._waiting.popleft()
-            self._reading.session = Session(self.model, self.chunk, keep=0)
+            self._reading.session = Session(self.model, self.chunk, keep=0, memory_dtype=self._step.memory_dtype)
             cache = self.cache if self._reading.request.prompt_logprobs is None else None
             found = None if cache is None else cache.find(self._reading.request.prompt[:-1])
             if found is not None:

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from gdn2.decoding import DecodeStep
 from gdn2.inference.prefix_cache import PrefixCache
-from gdn2.layers.state import own_state
+from gdn2.layers.state import check_memory_dtype, own_state, wide_memory, with_memory
 from gdn2.model import LanguageModel
 
 
@@ -36,17 +36,27 @@ class Session:
         chunk: tokens of a forward pass at most.
         step: takes the reads of a single token, on a GPU from a CUDA graph. It has one row; sessions of one model
             may share it.
+        memory_dtype: what memories are kept in between forward passes, as for `DecodeStep`; that of `step`, if any.
         keep: states kept to roll back to, one from before each of the last reads; each costs a whole state. With none
             left at or before a length, a rollback starts from the first token again.
     """
 
-    def __init__(self, model: LanguageModel, chunk: int = 512, keep: int = 1, step: DecodeStep | None = None) -> None:
+    def __init__(
+        self,
+        model: LanguageModel,
+        chunk: int = 512,
+        keep: int = 1,
+        step: DecodeStep | None = None,
+        memory_dtype: torch.dtype | None = None,
+    ) -> None:
+        check_memory_dtype(memory_dtype)
         for name, value, least in (("chunk", chunk, 1), ("keep", keep, 0)):
             if value < least:
                 raise ValueError(f"{name} is {value}; expected an integer >= {least}")
         if step is not None and (step.model is not model or step.rows != 1):
             raise ValueError(f"step has {step.rows} rows of {type(step.model)}; expected 1 row of the session's model")
         self.model, self.chunk, self.keep, self.step = model, chunk, keep, step
+        self.memory_dtype = memory_dtype if step is None else step.memory_dtype
         self._tokens: list[int] = []
         self._at = _Mark(0, None)  # the tokens behind it are the unread ones
         self._marks: list[_Mark] = []
@@ -100,8 +110,8 @@ class Session:
                     pieces.append(logits)
                 continue
             tokens = torch.tensor([self._tokens[start:stop]], device=device)
-            hidden, state = self.model(tokens, self._at.state)
-            self._at = _Mark(stop, state)
+            hidden, state = self.model(tokens, wide_memory(self._at.state))
+            self._at = _Mark(stop, with_memory(state, self.memory_dtype))
             wanted = stop - max(start, end - last)
             if wanted > 0:
                 pieces.append(self.model.logits(hidden[0, hidden.shape[1] - wanted :]))
@@ -120,7 +130,7 @@ class Session:
 
     def fork(self) -> "Session":
         """A session that goes on from here by itself; the two share memory, and neither sees the other."""
-        twin = Session(self.model, self.chunk, self.keep, self.step)
+        twin = Session(self.model, self.chunk, self.keep, self.step, self.memory_dtype)
         twin._tokens, twin._at, twin._marks = list(self._tokens), self._at, list(self._marks)
         return twin
 

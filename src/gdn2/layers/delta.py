@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from gdn2.layers.gates import ChannelGates, Gates
-from gdn2.layers.linear import Linear, check_sizes, low_rank
+from gdn2.layers.linear import Linear, at_least_float32, check_sizes, low_rank
 from gdn2.layers.norm import GatedRMSNorm, l2_norm
 from gdn2.layers.state import DeltaState, check_kind, count_sequences, overwrite
 from gdn2.ops import gated_delta_rule_2
@@ -141,7 +141,7 @@ class DeltaMixer(nn.Module):
 
     def step(self, x: Tensor, state: DeltaState) -> Tensor:
         """`forward` of one token [B, 1, d_model] of each sequence; `state` is written in place. No gradients."""
-        y, after = self(x, state)
+        y, after = self(x, state._replace(memory=at_least_float32(state.memory)))
         overwrite(state, after)
         return y
 

@@ -85,7 +85,7 @@ class Mamba2(Float32Parameters):
 
     def step(self, x: Tensor, state: Mamba2State) -> Tensor:
         """As `DeltaMixer.step`."""
-        y, after = self(x, state)
+        y, after = self(x, state._replace(memory=at_least_float32(state.memory)))
         overwrite(state, after)
         return y
 

@@ -109,7 +109,7 @@ class Mamba3(Float32Parameters):
 
     def step(self, x: Tensor, state: Mamba3State) -> Tensor:
         """As `DeltaMixer.step`."""
-        y, after = self(x, state)
+        y, after = self(x, state._replace(memory=at_least_float32(state.memory)))
         overwrite(state, after)
         return y
 

@@ -51,7 +51,7 @@ class Weights(NamedTuple):
 
 class State(NamedTuple):
     """Tails conv_q, conv_k [rows, width - 1, H * K] and conv_v [rows, width - 1, HV * V] in the token's dtype, memory
-    [rows, HV, K, V] float32. A row belongs to one sequence."""
+    [rows, HV, K, V] float32, or bfloat16: then it is rounded once a token. A row belongs to one sequence."""
 
     conv_q: Tensor
     conv_k: Tensor
@@ -141,10 +141,10 @@ def recur_token(
         values = begin + tl.arange(0, BV)
         inside = is_key[:, None] & (values < V)[None, :]
         state = (row * HV + value_head) * K * V + keys[:, None] * V + values[None, :]
-        S = tl.load(memory_ptr + state, mask=inside, other=0.0) * alpha[:, None]
+        S = tl.load(memory_ptr + state, mask=inside, other=0.0).to(tl.float32) * alpha[:, None]
         z = tl.load(z_ptr + first + values, mask=values < V, other=0.0)
         S += k[:, None] * (z - tl.sum(S * e[:, None], 0))[None, :]
-        tl.store(memory_out_ptr + state, S, mask=inside)
+        tl.store(memory_out_ptr + state, S.to(memory_out_ptr.dtype.element_ty), mask=inside)
         o = tl.sum(S * q[:, None], 0)
         squares += tl.sum(o * o)
         outputs = outputs + (o,)
@@ -261,5 +261,5 @@ def _check(token: Token, weights: Weights, state: State, rows: int) -> None:
             if x.shape != shape:
                 raise ValueError(f"{name} has shape {list(x.shape)}; expected {list(shape)}")
     for name, x, dtype in zip(State._fields, state, [token.q.dtype, token.k.dtype, token.v.dtype, torch.float32]):
-        if x.dtype != dtype:
+        if x.dtype != dtype and (name, x.dtype) != ("memory", torch.bfloat16):
             raise ValueError(f"{name} of the state has dtype {x.dtype}; expected {dtype}")
