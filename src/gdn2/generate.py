@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from gdn2.decoding import DecodeStep, likeliest_tokens
-from gdn2.layers.state import AttentionState, join_states, state_rows
+from gdn2.layers.state import AttentionState, check_memory_dtype, join_states, state_rows
 from gdn2.model import LanguageModel
 
 
@@ -42,6 +42,7 @@ def generate(
     seed: int | None = None,
     stop_tokens: Sequence[int] = (),
     chunk: int = 512,
+    memory_dtype: torch.dtype | None = None,
 ) -> Generator[list[int | None], None, None]:
     """Continue every prompt; yields one list per step, one token id per prompt, None once that prompt has stopped.
 
@@ -55,6 +56,7 @@ def generate(
         seed: row i draws from its own generator, seeded with seed + i; None takes a fresh seed.
         stop_tokens: ids that end a row; they are not yielded.
         chunk: prompt tokens read at once.
+        memory_dtype: what recurrent memories are kept in from token to token, as for `DecodeStep`.
 
     Raises:
         ValueError: an argument out of range (at the call), or logits that are NaN (while iterating).
@@ -73,6 +75,7 @@ def generate(
     _require(0 < top_p <= 1, "top_p", top_p, "a number in (0, 1]")
     _require(seed is None or 0 <= seed < 2**63, "seed", seed, "an integer in [0, 2**63), or None")
     _require(chunk >= 1, "chunk", chunk, "an integer >= 1")
+    check_memory_dtype(memory_dtype)
     if seed is None:
         seed = torch.Generator().seed() % 2**63
 
@@ -84,7 +87,8 @@ def generate(
         return sample_tokens(logits, temperature, top_k, top_p, uniform.to(logits.device))
 
     greedy = temperature == 0
-    return _tokens(model, prompts, max_new_tokens, None if greedy else choose, frozenset(stop_tokens), chunk)
+    chooser = None if greedy else choose
+    return _tokens(model, prompts, max_new_tokens, chooser, frozenset(stop_tokens), chunk, memory_dtype)
 
 
 def _require(ok: bool, name: str, value: object, expected: str) -> None:
@@ -100,6 +104,7 @@ def _tokens(
     choose: Callable[[Tensor], Tensor] | None,
     stop_tokens: frozenset[int],
     chunk: int,
+    memory_dtype: torch.dtype | None,
 ) -> Generator[list[int | None], None, None]:
     """The tokens of `generate`; `choose` takes logits [N, vocab], None takes the likeliest tokens."""
     running = set(range(len(prompts)))
@@ -122,7 +127,8 @@ def _tokens(
             if made == max_new_tokens - 1:
                 return
             if made == 0:
-                groups = [(rows, _step_from(model, [states[r] for r in rows])) for rows in _alike(states, _shape)]
+                alike = _alike(states, _shape)
+                groups = [(rows, _step_from(model, [states[r] for r in rows], memory_dtype)) for rows in alike]
                 del states, hidden
             for rows, step in groups:
                 step.make_room(len(prompts[rows[0]]) + made + 1)
@@ -134,9 +140,9 @@ def _tokens(
         model.train(was_training)
 
 
-def _step_from(model: LanguageModel, states: Sequence[Any]) -> DecodeStep:
+def _step_from(model: LanguageModel, states: Sequence[Any], memory_dtype: torch.dtype | None) -> DecodeStep:
     """A step whose rows go on from the given states, which are of one shape."""
-    step = DecodeStep(model, len(states))
+    step = DecodeStep(model, len(states), memory_dtype=memory_dtype)
     state = join_states(states)
     step.make_room(max((block.keys.shape[1] for block in state if isinstance(block, AttentionState)), default=0))
     step.load(state)
@@ -237,6 +243,7 @@ def generate_text(
     top_p: float = 1.0,
     seed: int | None = None,
     stop_strings: Sequence[str] = (),
+    memory_dtype: torch.dtype | None = None,
 ) -> Iterator[list[str]]:
     """Continue every prompt; yields one list per step, for each prompt its new text, possibly empty.
 
@@ -246,7 +253,7 @@ def generate_text(
     ids = [tokenizer.encode(prompt) or [tokenizer.end_of_text] for prompt in prompts]
     end = [tokenizer.end_of_text]
     stops = [StopStrings(stop_strings) for _ in prompts]
-    steps = generate(model, ids, max_new_tokens, temperature, top_k, top_p, seed, end)
+    steps = generate(model, ids, max_new_tokens, temperature, top_k, top_p, seed, end, memory_dtype=memory_dtype)
     return _texts(steps, [tokenizer.stream() for _ in prompts], stops)
 
 

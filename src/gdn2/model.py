@@ -2,7 +2,7 @@
 
 import re
 from pathlib import Path
-from typing import Any, Protocol, cast
+from typing import Any, Protocol, Self, cast
 
 import torch
 import torch.nn.functional as F
@@ -27,6 +27,7 @@ from gdn2.layers import (
     SwiGLU,
 )
 from gdn2.layers.linear import Linear, at_least_float32
+from gdn2.layers.quantized import QuantizedLinear
 
 LayerState = DeltaState | Mamba2State | Mamba3State | AttentionState
 ModelState = tuple[LayerState, ...]
@@ -196,8 +197,7 @@ class LanguageModel(nn.Module):
 
     def logits(self, hidden: Tensor) -> Tensor:
         """[..., d_model] -> [..., vocab_size] in float32 (float64 in a float64 model)."""
-        weight = self.embedding.weight if self.head is None else self.head.weight
-        return at_least_float32(F.linear(hidden, weight))
+        return at_least_float32(F.linear(hidden, self.embedding.weight) if self.head is None else self.head(hidden))
 
     def loss(
         self, tokens: Tensor, targets: Tensor, cu_seqlens: Tensor | None = None, reduction: str = "mean"
@@ -233,6 +233,20 @@ class LanguageModel(nn.Module):
 
     def _chunk_loss(self, hidden: Tensor, targets: Tensor) -> Tensor:
         return F.cross_entropy(self.logits(hidden), targets, ignore_index=IGNORED_TARGET, reduction="none")
+
+    def quantize(self, kind: str) -> Self:
+        """Keep weights in 8 bits, "int8" or "fp8", a scale for each output; for inference, and not to be undone.
+
+        They are those of the MLPs, of the mixers' projections of queries, keys, values and output, and of the head.
+        Everything that gates, decays, convolves, normalises or embeds stays as it is, and so do the input projections
+        of Mamba, which hold their gates.
+        """
+        for module in list(self.modules()):
+            mlp = ("gate", "up", "down") if isinstance(module, SwiGLU) else ()
+            for name in ("q_proj", "k_proj", "v_proj", "out_proj", "head", *mlp):
+                if isinstance(getattr(module, name, None), nn.Linear):
+                    setattr(module, name, QuantizedLinear(getattr(module, name), kind))
+        return self
 
     def num_parameters(self) -> int:
         """All parameters, each counted once."""
