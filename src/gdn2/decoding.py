@@ -52,6 +52,7 @@ class DecodeStep:
         self.graph = _graph_here(self.device) if graph is None else graph
         if self.graph:
             _require_graph(self.device)
+            model.pack()
         self._full = model.config.window is None and "attention" in model.config.layer_kinds
         self._tokens = torch.zeros(rows, 1, dtype=torch.int64, device=self.device)
         self._host = torch.zeros(rows, 1, dtype=torch.int64, pin_memory=self.device.type == "cuda")

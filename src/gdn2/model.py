@@ -81,11 +81,14 @@ class Block(nn.Module):
         x = x + mixed
         return x + self.mlp(self.mlp_norm(x)), state
 
-    def step(self, x: Tensor, state: LayerState) -> Tensor:
-        """`forward` of one token [B, 1, d_model] of each sequence; `state` is written in place."""
-        x = x + cast(Mixer, self.mixer).step(self.mixer_norm(x), state)
-        hidden: Tensor = x + self.mlp(self.mlp_norm(x))
-        return hidden
+    def step(self, x: Tensor, added: Tensor | None, state: LayerState) -> tuple[Tensor, Tensor]:
+        """`forward` of one token of each sequence, on x + added; `state` is written in place.
+
+        The result is a sum too, of its two tensors: each sum is formed together with the norm that follows it.
+        """
+        x, normed = (x, self.mixer_norm(x)) if added is None else self.mixer_norm.of_sum(x, added)
+        x, normed = self.mlp_norm.of_sum(x, cast(Mixer, self.mixer).step(normed, state))
+        return x, self.mlp.step(normed)
 
 
 MIXERS: dict[str, type[nn.Module]] = {
@@ -189,11 +192,19 @@ class LanguageModel(nn.Module):
         Returns:
             hidden [N, d_model] after the final norm.
         """
-        x = self.embedding(tokens)
+        x, added = self.embedding(tokens), None
         for block, own in zip(self.blocks, state):
-            x = cast(Block, block).step(x, own)
-        hidden: Tensor = self.norm(x)
+            x, added = cast(Block, block).step(x, added, own)
+        hidden: Tensor = self.norm(x) if added is None else self.norm.of_sum(x, added)[1]
         return hidden[:, -1]
+
+    def pack(self) -> None:
+        """Put weights that `step` reads together side by side in memory; parameters become views, nothing is held
+        twice, and results change by rounding at most. Moving or casting the model undoes it."""
+        for module in self.modules():
+            pack = getattr(module, "pack", None)
+            if module is not self and pack is not None:
+                pack()
 
     def logits(self, hidden: Tensor) -> Tensor:
         """[..., d_model] -> [..., vocab_size] in float32 (float64 in a float64 model)."""

@@ -97,7 +97,7 @@ def test_casts_leave_codes_and_scales_alone(kind):
     assert torch.equal(narrow.codes, codes)
     assert torch.equal(narrow.scale, scale)
     assert narrow.scale.dtype == torch.float32
-    assert narrow.bias.dtype == torch.float16
+    assert narrow.bias.dtype == narrow.weight.dtype == torch.float16
 
 
 def test_autocast_decides_the_dtype_as_for_a_linear():

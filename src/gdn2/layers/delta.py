@@ -1,6 +1,6 @@
 """The token mixer of every delta rule, and with its own gates that of Gated DeltaNet-2 (Figure 1, right)."""
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import torch
 from torch import Tensor, nn
@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from gdn2.layers.gates import ChannelGates, Gates
 from gdn2.layers.linear import Linear, at_least_float32, check_sizes, low_rank
 from gdn2.layers.norm import GatedRMSNorm, l2_norm
+from gdn2.layers.packed import Packed
 from gdn2.layers.state import DeltaState, check_kind, count_sequences, overwrite
 from gdn2.ops import gated_delta_rule_2
 from gdn2.ops.fused import fused
@@ -185,9 +186,10 @@ class GatedDeltaNet2(DeltaMixer):
             d_model, num_heads, HV, key_dim, value_dim, negative_eigenvalues, channel_erase, channel_write,
             decay_lower_bound,
         )  # fmt: skip
-        self.output_gate = low_rank(d_model, value_dim, HV * value_dim, bias=True)
+        self.output_gate: nn.Sequential = low_rank(d_model, value_dim, HV * value_dim, bias=True)
         self.norm: GatedRMSNorm = GatedRMSNorm(value_dim, norm_eps)
         self.out_proj = Linear(HV * value_dim, d_model, bias=False)
+        self._packed: Packed | None = None
         self.reset_parameters()
 
     def forward(
@@ -217,6 +219,14 @@ class GatedDeltaNet2(DeltaMixer):
         y = decode.decode_in_place(token, weights, decode.State(*state), None, **self._options())
         return self.out_proj(y).unsqueeze(1)
 
+    def pack(self) -> None:
+        """Put all that reads the layer's input side by side for the fused step, where it can be."""
+        low_decay = cast(nn.Sequential, self.gates.decay.projection)[0]
+        read = [self.q_proj, self.k_proj, self.v_proj, self.gates.erase, self.gates.write]
+        read += [cast(Linear, low_decay), cast(Linear, self.output_gate[0])]
+        if Packed.possible(read):
+            self._packed = Packed(read)
+
     def _step(self, x: Tensor, state: DeltaState) -> tuple[Tensor, DeltaState]:
         """`forward` of one token [B, 1, d_model], fused between the projections."""
         from gdn2.ops.kernels import decode
@@ -232,7 +242,12 @@ class GatedDeltaNet2(DeltaMixer):
         from gdn2.ops.kernels import decode
 
         decay = self.gates.decay
-        projected = self.q_proj(x), self.k_proj(x), self.v_proj(x), *self.gates.project(x), self.output_gate(x)
+        if self._packed is None or not self._packed.valid:
+            projected = self.q_proj(x), self.k_proj(x), self.v_proj(x), *self.gates.project(x), self.output_gate(x)
+        else:
+            q, k, v, b, w, low_f, low_gate = self._packed(x)
+            f, gate = cast(nn.Sequential, decay.projection)[1](low_f), self.output_gate[1](low_gate)
+            projected = q, k, v, f, b, w, gate
         weights = decode.Weights(self.conv_q, self.conv_k, self.conv_v, decay.rate, decay.delta, self.norm.weight)
         return decode.Token(*(p.flatten(1) for p in projected)), weights
 

@@ -32,6 +32,7 @@ class QuantizedLinear(Float32Parameters):
 
     codes: Tensor
     scale: Tensor
+    like: Tensor
 
     @torch.no_grad()
     def __init__(self, linear: nn.Linear, kind: str) -> None:
@@ -42,7 +43,8 @@ class QuantizedLinear(Float32Parameters):
         largest = weight.abs().amax(1)
         if not bool(largest.isfinite().all()):
             raise ValueError("a weight is not finite; expected numbers: the model's weights are broken")
-        self.kind, self.dtype = kind, linear.weight.dtype
+        self.kind = kind
+        self.register_buffer("like", torch.empty(0, dtype=linear.weight.dtype), persistent=False)  # follows casts
         self.out_features, self.in_features = weight.shape
         scale = _up_to_bfloat16(largest.clamp(min=1e-30) / LARGEST[kind])
         scaled = weight / scale[:, None]
@@ -60,8 +62,8 @@ class QuantizedLinear(Float32Parameters):
 
     @property
     def weight(self) -> Tensor:
-        """[out, in], the weight that the codes stand for, in the Linear's dtype."""
-        return (self.values.float() * self.scale[:, None]).to(self.dtype)
+        """[out, in], the weight that the codes stand for, in the dtype that the Linear would have by now."""
+        return (self.values.float() * self.scale[:, None]).to(self.like.dtype)
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., in] -> [..., out]."""

@@ -61,16 +61,15 @@ class State(NamedTuple):
 
 @triton.jit
 def convolve_token(
-    x_ptr, taps_ptr, tail_ptr, out_ptr, sequence, row, cols, mask, D: tl.constexpr, WIDTH: tl.constexpr,
-    WP: tl.constexpr,
+    x_ptr, taps_ptr, tail_ptr, out_ptr, row, cols, mask, D: tl.constexpr, WIDTH: tl.constexpr, WP: tl.constexpr,
 ):  # fmt: skip
-    """The convolution's output for one token; its tail moves on by one input."""
+    """The convolution's output for one token, whose channels begin at x; its tail moves on by one input."""
     PAST: tl.constexpr = WIDTH - 1
     m = tl.arange(0, WP)[:, None]  # the inputs, oldest first: the tail's and the token's
     inside = mask[None, :] & (m < WIDTH)
     at = (row * PAST + m) * D + cols[None, :]
     old = tl.load(tail_ptr + at, mask=inside & (m < PAST), other=0.0)
-    new = tl.load(x_ptr + sequence * D + cols[None, :] + 0 * m, mask=inside & (m == PAST), other=0.0)
+    new = tl.load(x_ptr + cols[None, :] + 0 * m, mask=inside & (m == PAST), other=0.0)
     inputs = tl.where(m < PAST, old, new)
     taps = tl.load(taps_ptr + cols[None, :] * WIDTH + m, mask=inside, other=0.0).to(tl.float32)
     u = tl.sum(inputs.to(tl.float32) * taps, 0)
@@ -83,7 +82,7 @@ def convolve_token(
 def prepare_token(
     q_ptr, k_ptr, v_ptr, f_ptr, b_ptr, w_ptr, conv_q_ptr, conv_k_ptr, conv_v_ptr, rate_ptr, delta_ptr,
     tail_q_ptr, tail_k_ptr, tail_v_ptr, tail_q_out_ptr, tail_k_out_ptr, tail_v_out_ptr, slot_ptr, ready_ptr, z_ptr,
-    scale, largest, l2_eps,
+    scale, largest, l2_eps, stride_q, stride_k, stride_v, stride_f, stride_b, stride_w,
     H: tl.constexpr, HV: tl.constexpr, K: tl.constexpr, V: tl.constexpr, WIDTH: tl.constexpr,
     WP: tl.constexpr, KP: tl.constexpr, VP: tl.constexpr, SLOTS: tl.constexpr,
 ):  # fmt: skip
@@ -94,14 +93,15 @@ def prepare_token(
         keys = tl.arange(0, KP)
         is_key = keys < K
         key = part * K + keys
-        q = convolve_token(q_ptr, conv_q_ptr, tail_q_ptr, tail_q_out_ptr, sequence, row, key, is_key, H * K, WIDTH, WP)
-        k = convolve_token(k_ptr, conv_k_ptr, tail_k_ptr, tail_k_out_ptr, sequence, row, key, is_key, H * K, WIDTH, WP)
+        q_ptr, k_ptr = q_ptr + sequence * stride_q, k_ptr + sequence * stride_k
+        q = convolve_token(q_ptr, conv_q_ptr, tail_q_ptr, tail_q_out_ptr, row, key, is_key, H * K, WIDTH, WP)
+        k = convolve_token(k_ptr, conv_k_ptr, tail_k_ptr, tail_k_out_ptr, row, key, is_key, H * K, WIDTH, WP)
         q *= tl.rsqrt(tl.sum(q * q) + l2_eps) * scale
         k *= tl.rsqrt(tl.sum(k * k) + l2_eps)
-        step = tl.load(f_ptr + sequence * H * K + key, mask=is_key, other=0.0).to(tl.float32)
+        step = tl.load(f_ptr + sequence * stride_f + key, mask=is_key, other=0.0).to(tl.float32)
         step += tl.load(delta_ptr + key, mask=is_key, other=0.0).to(tl.float32)
         alpha = tl.exp(-tl.exp(tl.load(rate_ptr + part).to(tl.float32)) * softplus(step, tl.float32))
-        b = tl.load(b_ptr + sequence * H * K + key, mask=is_key, other=0.0).to(tl.float32)
+        b = tl.load(b_ptr + sequence * stride_b + key, mask=is_key, other=0.0).to(tl.float32)
         ready = ready_ptr + 4 * sequence * H * K + key
         tl.store(ready, q, mask=is_key)
         tl.store(ready + H * K, k, mask=is_key)
@@ -112,16 +112,15 @@ def prepare_token(
         is_value = values < V
         value = (part - H) * V + values
         here = sequence * HV * V + value
-        v = convolve_token(
-            v_ptr, conv_v_ptr, tail_v_ptr, tail_v_out_ptr, sequence, row, value, is_value, HV * V, WIDTH, WP
-        )
-        w = sigmoid(tl.load(w_ptr + here, mask=is_value, other=0.0).to(tl.float32), tl.float32)
+        v_ptr += sequence * stride_v
+        v = convolve_token(v_ptr, conv_v_ptr, tail_v_ptr, tail_v_out_ptr, row, value, is_value, HV * V, WIDTH, WP)
+        w = sigmoid(tl.load(w_ptr + sequence * stride_w + value, mask=is_value, other=0.0).to(tl.float32), tl.float32)
         tl.store(z_ptr + here, w * v, mask=is_value)
 
 
 @triton.jit
 def recur_token(
-    ready_ptr, z_ptr, gate_ptr, norm_ptr, memory_ptr, memory_out_ptr, slot_ptr, y_ptr, norm_eps,
+    ready_ptr, z_ptr, gate_ptr, norm_ptr, memory_ptr, memory_out_ptr, slot_ptr, y_ptr, norm_eps, stride_gate,
     H: tl.constexpr, HV: tl.constexpr, K: tl.constexpr, V: tl.constexpr, KP: tl.constexpr, BV: tl.constexpr,
     SLOTS: tl.constexpr,
 ):  # fmt: skip
@@ -151,7 +150,8 @@ def recur_token(
     r = tl.rsqrt(squares / V + norm_eps)
     for part in tl.static_range((V + BV - 1) // BV):
         values = part * BV + tl.arange(0, BV)
-        gate = tl.load(gate_ptr + first + values, mask=values < V, other=0.0).to(tl.float32)
+        channels = sequence * stride_gate + value_head * V + values
+        gate = tl.load(gate_ptr + channels, mask=values < V, other=0.0).to(tl.float32)
         weight = tl.load(norm_ptr + values, mask=values < V, other=0.0).to(tl.float32)
         y = outputs[part] * r * weight * gate * sigmoid(gate, tl.float32)
         tl.store(y_ptr + first + values, y.to(y_ptr.dtype.element_ty), mask=values < V)
@@ -164,18 +164,21 @@ def _launch(
     H, V, width = weights.rate.shape[0], weights.norm.shape[0], weights.conv_q.shape[1]
     N, K, HV = token.k.shape[0], token.k.shape[1] // H, token.v.shape[1] // V
     verdicts.demand(verdicts.DECODE, token.k.device)
-    token, weights = Token(*(x.contiguous() for x in token)), Weights(*(x.contiguous() for x in weights))
+    token = Token(*(x if x.stride(1) == 1 else x.contiguous() for x in token))  # rows of a wider tensor stay there
+    weights = Weights(*(x.contiguous() for x in weights))
+    strides = [x.stride(0) for x in token]
     ready = torch.empty(N, 4, H, K, dtype=torch.float32, device=token.k.device)
     z = torch.empty(N, HV, V, dtype=torch.float32, device=token.k.device)
-    y = torch.empty_like(token.gate)
+    y = token.gate.new_empty(token.gate.shape)
     KP, VP, WP = (triton.next_power_of_2(size) for size in (K, V, width))
     run(
         prepare_token, N * (H + HV),
-        (*token[:6], *weights[:5], *state[:3], *out[:3], slots, ready, z, scale, largest, L2_EPS),
+        (*token[:6], *weights[:5], *state[:3], *out[:3], slots, ready, z, scale, largest, L2_EPS, *strides[:6]),
         (H, HV, K, V, width, WP, KP, VP, slots is not None), 2,
     )  # fmt: skip
     run(
-        recur_token, N * HV, (ready, z, token.gate, weights.norm, state.memory, out.memory, slots, y, norm_eps),
+        recur_token, N * HV,
+        (ready, z, token.gate, weights.norm, state.memory, out.memory, slots, y, norm_eps, strides[6]),
         (H, HV, K, V, KP, min(VP, max(16, TILE // KP)), slots is not None), 4,
     )  # fmt: skip
     return y
