@@ -4,12 +4,14 @@
     python benchmarks/gpu_generate.py --rows 'step:gdn2-1.3b:*' 'first:*'
     python benchmarks/gpu_generate.py --device cpu --models gdn2-tiny transformer-full-tiny --batches 1 2
 
-Models have random weights, in bfloat16 on a GPU. Every row is printed when it is measured, and appended to FILE. Rows:
+Models have random weights, in bfloat16 on a GPU; PRESET+int8 and PRESET+fp8 hold the large ones in 8 bits. Every row
+is printed when it is measured, and appended to FILE. Rows:
 
     copy                    bytes per second of a copy on this device, reads and writes counted: the floors' bandwidth
     step:MODEL:BATCH        one decoding step of that many texts, from a CUDA graph, each step reading the one before;
                             floor: the time to read the weights once and the states once (memories: and to write them);
                             all texts have --context tokens behind them
+    narrow:MODEL:BATCH      the same with memories in bfloat16; recurrent models alone
     context:MODEL:LENGTH    the same of one text with that many tokens behind it
     text:MODEL              tokens/s of `gdn2.generate.generate`, greedy and sampled, one text
     first:MODEL:LENGTH      seconds to the first token of a prompt, read in chunks
@@ -39,6 +41,7 @@ from gdn2.layers import AttentionState
 from gdn2.layers.state import state_bytes, with_room
 
 MODELS = ["gdn2-1.3b", "gdn2-hybrid-1.3b", "transformer-1.3b", "transformer-full-1.3b"]
+MODELS += ["gdn2-1.3b+int8", "gdn2-1.3b+fp8"]
 Row = dict[str, Any]
 
 
@@ -76,18 +79,19 @@ def copy_rate(clock: Clock, size: int) -> float:
 def build(name: str, device: torch.device) -> LanguageModel:
     """The preset with random weights; in bfloat16 on a GPU."""
     torch.manual_seed(0)
+    name, _, kind = name.partition("+")
     with torch.device("meta"):
         model = LanguageModel(preset(name))
     if device.type == "cuda":
         model.to(torch.bfloat16)
     model.to_empty(device=device).reset_parameters()
-    return model.eval()
+    return (model.quantize(kind) if kind else model).eval()
 
 
 def weight_bytes(model: LanguageModel) -> int:
     """Of all weights that a step reads whole: not the embedding, of which it reads a row a text, unless it is tied."""
     skipped = 0 if model.head is None else model.embedding.weight.nbytes
-    return sum(p.nbytes for p in model.parameters()) - skipped
+    return sum(t.nbytes for t in (*model.parameters(), *model.buffers())) - skipped
 
 
 def state_traffic(step: DecodeStep, context: int) -> int:
@@ -103,8 +107,10 @@ def state_traffic(step: DecodeStep, context: int) -> int:
 
 
 @torch.inference_mode()
-def step_row(model: LanguageModel, clock: Clock, rate: float, batch: int, context: int) -> Row:
-    step = DecodeStep(model, batch)
+def step_row(
+    model: LanguageModel, clock: Clock, rate: float, batch: int, context: int, memory: torch.dtype | None = None
+) -> Row:
+    step = DecodeStep(model, batch, memory_dtype=memory)
     step.make_room(context + 1)
     for block in step.state:
         if isinstance(block, AttentionState):
@@ -176,11 +182,17 @@ def plan(options: argparse.Namespace) -> list[tuple[str, str, Callable[..., Row]
     """Name, model and measurement of every row that is wanted; a model's rows lie together."""
     rows: list[tuple[str, str, Callable[..., Row]]] = []
     for model in options.models:
-        attention = "attention" in preset(model).layer_kinds
+        config = preset(model.partition("+")[0])
+        attention, recurrent = "attention" in config.layer_kinds, "mixer" in config.layer_kinds
         limit = options.attention_read if attention else max(options.read, *options.lengths)
-        full = attention and preset(model).window is None
+        full = attention and config.window is None
         for batch in options.batches:
             rows.append((f"step:{model}:{batch}", model, partial(step_row, batch=batch, context=options.context)))
+            if recurrent and "+" not in model:
+                measure = partial(step_row, batch=batch, context=options.context, memory=torch.bfloat16)
+                rows.append((f"narrow:{model}:{batch}", model, measure))
+        if "+" in model:
+            continue
         for context in options.contexts:
             rows.append((f"context:{model}:{context}", model, partial(step_row, batch=1, context=context)))
         rows.append((f"text:{model}", model, partial(text_row, tokens=options.tokens)))

@@ -25,15 +25,17 @@ SMALL += ["--contexts", "64", "300", "--read", "300", "--attention-read", "64", 
 def test_generation_is_measured_and_its_sizes_are_right(tmp_path, capsys):
     file = tmp_path / "rows.jsonl"
     file.write_text('{"row": "before"}\n')
-    script("gpu_generate").main([*SMALL, "--models", "gdn2-tiny", "transformer-full-tiny", "--json", str(file)])
+    models = ["gdn2-tiny", "transformer-full-tiny", "gdn2-tiny+int8"]
+    script("gpu_generate").main([*SMALL, "--models", *models, "--json", str(file)])
     rows = {row["row"]: row for row in map(json.loads, file.read_text().splitlines())}
     assert capsys.readouterr().out.splitlines() == file.read_text().splitlines()[1:]
     names = ["before", "copy"]
-    for model in ("gdn2-tiny", "transformer-full-tiny"):
-        names += [f"step:{model}:{n}" for n in (1, 3)] + [f"context:{model}:{n}" for n in (64, 300)]
+    for model in models[:2]:
+        kinds = ("step", "narrow") if model == "gdn2-tiny" else ("step",)
+        names += [f"{kind}:{model}:{n}" for n in (1, 3) for kind in kinds] + [f"context:{model}:{n}" for n in (64, 300)]
         names += [f"text:{model}", f"first:{model}:64"] + ([f"first:{model}:200"] if model == "gdn2-tiny" else [])
         names += [f"memory:{model}:{n}" for n in (64, 300)]
-    assert list(rows) == names
+    assert list(rows) == [*names, "step:gdn2-tiny+int8:1", "step:gdn2-tiny+int8:3"]
 
     config = preset("gdn2-tiny")
     memory = 4 * config.num_layers * config.num_heads * config.key_dim * config.value_dim
@@ -53,6 +55,10 @@ def test_generation_is_measured_and_its_sizes_are_right(tmp_path, capsys):
     weights = 4 * (LanguageModel(config).num_parameters() - config.vocab_size * config.d_model)
     assert step["weight_GB"] == pytest.approx(weights / 1e9, rel=1e-3)
     assert step["state_GB"] == pytest.approx(2 * 3 * (memory + tails) / 1e9, rel=1e-3)
+    assert rows["narrow:gdn2-tiny:3"]["state_GB"] == pytest.approx(2 * 3 * (memory / 2 + tails) / 1e9, rel=1e-3)
+    narrow = LanguageModel(config).quantize("int8")
+    weights = sum(t.nbytes for t in (*narrow.parameters(), *narrow.buffers())) - 4 * config.vocab_size * config.d_model
+    assert rows["step:gdn2-tiny+int8:1"]["weight_GB"] == pytest.approx(weights / 1e9, rel=1e-3)
     assert rows["context:transformer-full-tiny:300"]["state_GB"] == pytest.approx(300 * keys / 1e9, rel=1e-3)
     assert step["tokens_per_s"] == pytest.approx(3e3 / step["ms"], rel=1e-3)
     assert step["of_floor"] == pytest.approx(step["floor_ms"] / step["ms"], rel=1e-3)
