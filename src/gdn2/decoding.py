@@ -24,7 +24,8 @@ class DecodeStep:
     """Takes steps of `rows` sequences at a time.
 
     Args:
-        model: in evaluation mode; its weights may change in place, but not be moved.
+        model: in evaluation mode. A graph sees changes of its weights in place, but none that give it other tensors, as
+            moving, casting and quantizing do.
         rows: sequences N.
         graph: whether to step from a CUDA graph; None does so on a GPU, unless autocast is on: what it casts would be
             captured with the step and cast again for every token. Give it a model in bfloat16 instead.
@@ -55,7 +56,6 @@ class DecodeStep:
             model.pack()
         self._full = model.config.window is None and "attention" in model.config.layer_kinds
         self._tokens = torch.zeros(rows, 1, dtype=torch.int64, device=self.device)
-        self._host = torch.zeros(rows, 1, dtype=torch.int64, pin_memory=self.device.type == "cuda")
         self._captured: Any = None
         self._copied: Any = None  # a value that equals the state, for as long as nothing changes that
         self.state = self._prepare(LEAST_ROOM)
@@ -80,8 +80,7 @@ class DecodeStep:
         if isinstance(tokens, Tensor):
             self._tokens[:, 0].copy_(tokens)
         else:
-            self._host.copy_(torch.tensor(tokens)[:, None])
-            self._tokens.copy_(self._host, non_blocking=True)
+            self._tokens.copy_(torch.tensor(tokens)[:, None])
         if self._captured is None:
             self._step()
         else:
@@ -158,6 +157,8 @@ class DecodeStep:
         for block in self.state:  # every mixer's state before the first token is zeros
             for tensor in block:
                 tensor.zero_()
+        # The graph reads these where they are, also should the model be given others.
+        self._weights = [tensor.detach() for tensor in (*self.model.parameters(), *self.model.buffers())]
         self._captured = torch.cuda.CUDAGraph()
         # Other threads, such as a server's, may go on allocating meanwhile.
         with torch.cuda.device(self.device), torch.cuda.graph(self._captured, capture_error_mode="thread_local"):

@@ -15,6 +15,8 @@ from gdn2.decoding import DecodeStep, likeliest_tokens
 from gdn2.layers.state import AttentionState, check_memory_dtype, join_states, state_rows
 from gdn2.model import LanguageModel
 
+WORTH_A_GRAPH = 16  # tokens; to capture a CUDA graph takes about as long as a few steps without one
+
 
 class TextStream(Protocol):
     """Token ids in, whole characters out."""
@@ -128,7 +130,8 @@ def _tokens(
                 return
             if made == 0:
                 alike = _alike(states, _shape)
-                groups = [(rows, _step_from(model, [states[r] for r in rows], memory_dtype)) for rows in alike]
+                graph = None if max_new_tokens >= WORTH_A_GRAPH else False
+                groups = [(rows, _step_from(model, [states[r] for r in rows], graph, memory_dtype)) for rows in alike]
                 del states, hidden
             for rows, step in groups:
                 step.make_room(len(prompts[rows[0]]) + made + 1)
@@ -140,9 +143,11 @@ def _tokens(
         model.train(was_training)
 
 
-def _step_from(model: LanguageModel, states: Sequence[Any], memory_dtype: torch.dtype | None) -> DecodeStep:
+def _step_from(
+    model: LanguageModel, states: Sequence[Any], graph: bool | None, memory_dtype: torch.dtype | None
+) -> DecodeStep:
     """A step whose rows go on from the given states, which are of one shape."""
-    step = DecodeStep(model, len(states), memory_dtype=memory_dtype)
+    step = DecodeStep(model, len(states), graph, memory_dtype)
     state = join_states(states)
     step.make_room(max((block.keys.shape[1] for block in state if isinstance(block, AttentionState)), default=0))
     step.load(state)

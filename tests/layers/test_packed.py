@@ -74,6 +74,16 @@ def test_packed_model_steps_with_fused_kernels_as_it_did(monkeypatch, tmp_path, 
         torch.testing.assert_close(step([token, 7]).double(), wide([token, 7]), atol=1e-4, rtol=1e-4)
 
 
+def test_packing_again_moves_nothing():
+    model = small_model()
+    model.pack()
+    before = [p.data_ptr() for p in model.parameters()]
+    model.pack()  # a second step of the model: a graph of the first reads the weights where they are
+    assert [p.data_ptr() for p in model.parameters()] == before
+    model.double().pack()
+    assert model.blocks[0].mlp._packed.valid
+
+
 def test_casting_a_packed_model_undoes_it(monkeypatch):
     monkeypatch.setattr(fused, "DEVICES", (DEVICE,))
     model = small_model().to(DEVICE)

@@ -220,12 +220,11 @@ class GatedDeltaNet2(DeltaMixer):
         return self.out_proj(y).unsqueeze(1)
 
     def pack(self) -> None:
-        """Put all that reads the layer's input side by side for the fused step, where it can be."""
+        """Put all that reads the layer's input side by side for the fused step, where it can be and is not yet."""
         low_decay = cast(nn.Sequential, self.gates.decay.projection)[0]
         read = [self.q_proj, self.k_proj, self.v_proj, self.gates.erase, self.gates.write]
         read += [cast(Linear, low_decay), cast(Linear, self.output_gate[0])]
-        if Packed.possible(read):
-            self._packed = Packed(read)
+        self._packed = Packed.of(read, self._packed)
 
     def _step(self, x: Tensor, state: DeltaState) -> tuple[Tensor, DeltaState]:
         """`forward` of one token [B, 1, d_model], fused between the projections."""

@@ -23,9 +23,8 @@ class SwiGLU(nn.Module):
         return self.down(F.silu(self.gate(x)) * self.up(x))
 
     def pack(self) -> None:
-        """Put gate and up side by side for `step`, where they can be."""
-        if Packed.possible([self.gate, self.up]):
-            self._packed = Packed([self.gate, self.up])
+        """Put gate and up side by side for `step`, where they can be and are not yet."""
+        self._packed = Packed.of([self.gate, self.up], self._packed)
 
     def step(self, x: Tensor) -> Tensor:
         """`forward` without gradients, in fewer operations once packed."""

@@ -30,6 +30,13 @@ class Packed:
         alike = {(m.in_features, m.weight.dtype, m.weight.device) for m in linears}
         return len(linears) == len(modules) and len(alike) == 1
 
+    @classmethod
+    def of(cls, modules: Sequence[nn.Module], before: "Packed | None") -> "Packed | None":
+        """These Linears packed, or as they were `before` while that holds: a CUDA graph may be reading it."""
+        if before is not None and before.valid:
+            return before
+        return cls([m for m in modules if isinstance(m, nn.Linear)]) if cls.possible(modules) else None
+
     @property
     def valid(self) -> bool:
         return all(linear.weight.data_ptr() == rows.data_ptr() for linear, rows in zip(self._linears, self._views))
