@@ -1,5 +1,6 @@
 """The commands of the README, in order, on a small text; and what each says to bad input."""
 
+import copy
 import json
 import os
 import re
@@ -11,11 +12,15 @@ import threading
 from io import StringIO
 
 import pytest
+import torch
 from tokenizers import Tokenizer, models
 
 import gdn2
+from gdn2 import LanguageModel
 from gdn2.cli import main
+from gdn2.data import load_tokenizer
 from gdn2.evaluation.retrieval import recall_documents
+from gdn2.generate import generate
 from gdn2.presets import of_same_size
 
 TINY = ["model.d_model=16", "model.mlp_width=16", "model.num_layers=2", "model.num_heads=1", "model.key_dim=8"]
@@ -200,6 +205,30 @@ def test_generate_stops_before_a_string(run, capsys):
     assert all(ord(character) > 127 for character in capsys.readouterr().out[3:-1])
 
 
+def test_weights_and_memories_are_kept_in_what_is_asked_for(run, capsys):
+    model, prompt = LanguageModel.from_checkpoint(run), [*b"Number "]
+    forms = {
+        ("--weights", "float32"): (model, None),
+        ("--memories", "bfloat16"): (model, torch.bfloat16),
+        ("--weights", "int8"): (copy.deepcopy(model).quantize("int8"), None),
+        ("--weights", "fp8"): (copy.deepcopy(model).quantize("fp8"), None),
+        ("--weights", "bfloat16", "--memories", "bfloat16"): (copy.deepcopy(model).bfloat16(), torch.bfloat16),
+    }
+    for options, (form, memory) in forms.items():
+        assert call("generate", run, "--prompt", "Number ", "--tokens", 12, "--temperature", 0, *options) == 0
+        rows = generate(form, [prompt], 12, temperature=0, stop_tokens=[256], memory_dtype=memory)
+        assert capsys.readouterr().out == "Number " + load_tokenizer("bytes").decode([t for (t,) in rows]) + "\n"
+    nats = {}
+    for kind in ("float32", "int8", "fp8", "bfloat16"):
+        assert call("eval", run, "--tasks", "perplexity", "--weights", kind) == 0
+        kept = json.loads((run / "eval.json").read_text())["perplexity"]
+        assert kept["weights"] == kind
+        nats[kind] = kept["nats"]
+    for kind in ("int8", "fp8", "bfloat16"):  # each its own numbers, none far off
+        assert 1e-7 < abs(nats[kind] / nats["float32"] - 1) < 1e-2
+    assert len(set(nats.values())) == 4
+
+
 def test_info_of_a_preset_and_of_a_run(run, capsys):
     assert call("info", "gdn2-1.3b") == 0
     assert "1,302,638,112" in capsys.readouterr().out
@@ -365,6 +394,16 @@ def test_train_refuses_before_anything_is_written(tmp_path, capsys, arguments, m
             "--draft is for greedy text; expected --temperature 0",
         ),
         (["generate", "RUN", "--prompt", "a", "--temperature", "0", "--draft", "no"], "'no' holds no checkpoint"),
+        (["generate", "RUN", "--prompt", "a", "--weights", "int4"], "--weights is 'int4'; expected one of float32, bf"),
+        (["eval", "RUN", "--weights", "INT8"], "--weights is 'INT8'; expected one of float32, bfloat16, int8, fp8"),
+        (
+            ["generate", "RUN", "--prompt", "a", "--memories", "int8"],
+            "--memories is 'int8'; expected float32 or bfloat16",
+        ),
+        (
+            ["generate", "RUN", "--temperature", "0", "--draft", "lookup", "--memories", "bfloat16", "--prompt", "a"],
+            "--memories is 'bfloat16' with --draft; expected float32",
+        ),
         (["plot", "nowhere"], "'nowhere' holds no metrics.jsonl"),
         (["info", "gdn3"], "preset is 'gdn3'; expected KIND-SIZE"),
         (["info", "nowhere/run"], "model is 'nowhere/run'; expected a preset, or the folder of a run"),

@@ -44,7 +44,7 @@ class Recite(nn.Module):
 
     def __init__(self, texts):
         super().__init__()
-        self.config = SimpleNamespace(vocab_size=257)
+        self.config = SimpleNamespace(vocab_size=257, window=None, layer_kinds=("mixer",))
         self.scale = nn.Parameter(torch.tensor(1.0))
         self.texts = [[*text.encode(), 256] for text in texts]
         self.read: list[tuple[int, int]] = []
@@ -54,6 +54,14 @@ class Recite(nn.Module):
         rows, T = tokens.shape
         count = torch.zeros(rows, dtype=torch.int64) if state is None else state[0].count
         return count[:, None, None].expand(rows, T, 1).double(), (Passes(count + 1),)
+
+    def initial_state(self, batch, dtype=None):
+        return (Passes(torch.zeros(batch, dtype=torch.int64)),)
+
+    def step(self, tokens, state):
+        hidden, (after,) = self(tokens, state)
+        state[0].count.copy_(after.count)
+        return hidden[:, -1]
 
     def logits(self, hidden):
         ids = [text[min(n, len(text) - 1)] for text, n in zip(self.texts, hidden[:, 0].int().tolist())]

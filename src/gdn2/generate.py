@@ -11,8 +11,11 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from gdn2.layers.state import join_states, state_rows
+from gdn2.decoding import DecodeStep, likeliest_tokens
+from gdn2.layers.state import AttentionState, check_memory_dtype, join_states, state_rows
 from gdn2.model import LanguageModel
+
+WORTH_A_GRAPH = 16  # tokens; to capture a CUDA graph takes about as long as a few steps without one
 
 
 class TextStream(Protocol):
@@ -41,6 +44,7 @@ def generate(
     seed: int | None = None,
     stop_tokens: Sequence[int] = (),
     chunk: int = 512,
+    memory_dtype: torch.dtype | None = None,
 ) -> Generator[list[int | None], None, None]:
     """Continue every prompt; yields one list per step, one token id per prompt, None once that prompt has stopped.
 
@@ -54,6 +58,7 @@ def generate(
         seed: row i draws from its own generator, seeded with seed + i; None takes a fresh seed.
         stop_tokens: ids that end a row; they are not yielded.
         chunk: prompt tokens read at once.
+        memory_dtype: what recurrent memories are kept in from token to token, as for `DecodeStep`.
 
     Raises:
         ValueError: an argument out of range (at the call), or logits that are NaN (while iterating).
@@ -72,13 +77,20 @@ def generate(
     _require(0 < top_p <= 1, "top_p", top_p, "a number in (0, 1]")
     _require(seed is None or 0 <= seed < 2**63, "seed", seed, "an integer in [0, 2**63), or None")
     _require(chunk >= 1, "chunk", chunk, "an integer >= 1")
+    check_memory_dtype(memory_dtype)
     if seed is None:
         seed = torch.Generator().seed() % 2**63
 
-    def choose(logits: Tensor, uniform: Tensor) -> Tensor:
-        return sample_tokens(logits, temperature, top_k, top_p, uniform)
+    generators = [torch.Generator().manual_seed(seed + row) for row in range(len(prompts))]
 
-    return _tokens(model, prompts, max_new_tokens, choose, seed, frozenset(stop_tokens), chunk)
+    def choose(logits: Tensor) -> Tensor:
+        # Drawn on the CPU, so that a seed gives one text on every device.
+        uniform = torch.stack([torch.rand((), generator=g, dtype=torch.float64) for g in generators])
+        return sample_tokens(logits, temperature, top_k, top_p, uniform.to(logits.device))
+
+    greedy = temperature == 0
+    chooser = None if greedy else choose
+    return _tokens(model, prompts, max_new_tokens, chooser, frozenset(stop_tokens), chunk, memory_dtype)
 
 
 def _require(ok: bool, name: str, value: object, expected: str) -> None:
@@ -91,37 +103,55 @@ def _tokens(
     model: LanguageModel,
     prompts: Sequence[Sequence[int]],
     max_new_tokens: int,
-    choose: Callable[[Tensor, Tensor], Tensor],
-    seed: int,
+    choose: Callable[[Tensor], Tensor] | None,
     stop_tokens: frozenset[int],
     chunk: int,
+    memory_dtype: torch.dtype | None,
 ) -> Generator[list[int | None], None, None]:
-    generators = [torch.Generator().manual_seed(seed + row) for row in range(len(prompts))]
+    """The tokens of `generate`; `choose` takes logits [N, vocab], None takes the likeliest tokens."""
     running = set(range(len(prompts)))
     was_training = model.training
     model.eval()
     try:
         hidden, states = _prefill(model, prompts, chunk)
-        groups = [(rows, join_states([states[r] for r in rows])) for rows in _alike(states, _shape)]
-        del states
-        for remaining in range(max_new_tokens, 0, -1):
-            logits = model.logits(hidden)
-            _require(not bool(logits.isnan().any()), "a logit", float("nan"), "numbers; the model's weights are broken")
-            # Drawn on the CPU, so that a seed gives one text on every device.
-            uniform = torch.stack([torch.rand((), generator=g, dtype=torch.float64) for g in generators])
-            chosen = choose(logits, uniform.to(logits.device))
+        groups: list[tuple[list[int], DecodeStep]] = []
+        logits = model.logits(hidden)
+        chosen = likeliest_tokens(logits)
+        for made in range(max_new_tokens):
+            if choose is not None:
+                chosen = torch.where(chosen < 0, chosen, choose(logits))
             tokens = chosen.tolist()
+            _require(min(tokens) >= 0, "a logit", float("nan"), "numbers; the model's weights are broken")
             running -= {row for row in running if tokens[row] in stop_tokens}
             if not running:
                 return
             yield [token if row in running else None for row, token in enumerate(tokens)]
-            if remaining > 1:
-                for i, (rows, state) in enumerate(groups):
-                    out, state = model(chosen[rows, None], state)
-                    hidden[rows] = out[:, -1]
-                    groups[i] = (rows, state)
+            if made == max_new_tokens - 1:
+                return
+            if made == 0:
+                alike = _alike(states, _shape)
+                graph = None if max_new_tokens >= WORTH_A_GRAPH else False
+                groups = [(rows, _step_from(model, [states[r] for r in rows], graph, memory_dtype)) for rows in alike]
+                del states, hidden
+            for rows, step in groups:
+                step.make_room(len(prompts[rows[0]]) + made + 1)
+                if len(groups) == 1:
+                    logits, chosen = step(chosen), step.likeliest
+                else:
+                    logits[rows], chosen[rows] = step(chosen[rows]), step.likeliest
     finally:
         model.train(was_training)
+
+
+def _step_from(
+    model: LanguageModel, states: Sequence[Any], graph: bool | None, memory_dtype: torch.dtype | None
+) -> DecodeStep:
+    """A step whose rows go on from the given states, which are of one shape."""
+    step = DecodeStep(model, len(states), graph, memory_dtype)
+    state = join_states(states)
+    step.make_room(max((block.keys.shape[1] for block in state if isinstance(block, AttentionState)), default=0))
+    step.load(state)
+    return step
 
 
 def _prefill(model: LanguageModel, prompts: Sequence[Sequence[int]], chunk: int) -> tuple[Tensor, list[Any]]:
@@ -171,7 +201,7 @@ def sample_tokens(logits: Tensor, temperature: float, top_k: int, top_p: float, 
     cumulative = probabilities.masked_fill(before >= top_p, 0.0).cumsum(-1)
     # right=True: the first entry above the drawn height, so an entry of probability 0 is never taken.
     rank = torch.searchsorted(cumulative, uniform[:, None] * cumulative[:, -1:], right=True)
-    return ids.gather(-1, rank).squeeze(-1)
+    return ids.gather(-1, rank.clamp(max=logits.shape[1] - 1)).squeeze(-1)  # beyond the last only with NaN
 
 
 class StopStrings:
@@ -218,6 +248,7 @@ def generate_text(
     top_p: float = 1.0,
     seed: int | None = None,
     stop_strings: Sequence[str] = (),
+    memory_dtype: torch.dtype | None = None,
 ) -> Iterator[list[str]]:
     """Continue every prompt; yields one list per step, for each prompt its new text, possibly empty.
 
@@ -227,7 +258,7 @@ def generate_text(
     ids = [tokenizer.encode(prompt) or [tokenizer.end_of_text] for prompt in prompts]
     end = [tokenizer.end_of_text]
     stops = [StopStrings(stop_strings) for _ in prompts]
-    steps = generate(model, ids, max_new_tokens, temperature, top_k, top_p, seed, end)
+    steps = generate(model, ids, max_new_tokens, temperature, top_k, top_p, seed, end, memory_dtype=memory_dtype)
     return _texts(steps, [tokenizer.stream() for _ in prompts], stops)
 
 

@@ -2,7 +2,7 @@
 
 import re
 from pathlib import Path
-from typing import Protocol, cast
+from typing import Any, Protocol, Self, cast
 
 import torch
 import torch.nn.functional as F
@@ -27,6 +27,7 @@ from gdn2.layers import (
     SwiGLU,
 )
 from gdn2.layers.linear import Linear, at_least_float32
+from gdn2.layers.quantized import QuantizedLinear
 
 LayerState = DeltaState | Mamba2State | Mamba3State | AttentionState
 ModelState = tuple[LayerState, ...]
@@ -41,6 +42,8 @@ class Mixer(Protocol):
     def initial_state(
         self, batch: int, device: torch.device | str | None = None, dtype: torch.dtype | None = None
     ) -> LayerState: ...
+
+    def step(self, x: Tensor, state: Any) -> Tensor: ...
 
     def flops(self, context: int) -> float: ...
 
@@ -77,6 +80,15 @@ class Block(nn.Module):
         mixed, state = self.mixer(self.mixer_norm(x), state, cu_seqlens, output_state)
         x = x + mixed
         return x + self.mlp(self.mlp_norm(x)), state
+
+    def step(self, x: Tensor, added: Tensor | None, state: LayerState) -> tuple[Tensor, Tensor]:
+        """`forward` of one token of each sequence, on x + added; `state` is written in place.
+
+        The result is a sum too, of its two tensors: each sum is formed together with the norm that follows it.
+        """
+        x, normed = (x, self.mixer_norm(x)) if added is None else self.mixer_norm.of_sum(x, added)
+        x, normed = self.mlp_norm.of_sum(x, cast(Mixer, self.mixer).step(normed, state))
+        return x, self.mlp.step(normed)
 
 
 MIXERS: dict[str, type[nn.Module]] = {
@@ -167,10 +179,36 @@ class LanguageModel(nn.Module):
             states.append(after)
         return self.norm(x), tuple(states) if output_state else None
 
+    def step(self, tokens: Tensor, state: ModelState) -> Tensor:
+        """Read one token of each sequence, without gradients; `state` is written in place.
+
+        It never waits for a GPU, so that a CUDA graph can capture it; `gdn2.inference.DecodeStep` does. With full
+        attention the state must have an empty slot left for every sequence, as from `make_room`.
+
+        Args:
+            tokens: [N, 1] integers below the vocabulary's size.
+            state: one entry per block, N rows each.
+
+        Returns:
+            hidden [N, d_model] after the final norm.
+        """
+        x, added = self.embedding(tokens), None
+        for block, own in zip(self.blocks, state):
+            x, added = cast(Block, block).step(x, added, own)
+        hidden: Tensor = self.norm(x) if added is None else self.norm.of_sum(x, added)[1]
+        return hidden[:, -1]
+
+    def pack(self) -> None:
+        """Put weights that `step` reads together side by side in memory; parameters become views, nothing is held
+        twice, and results change by rounding at most. Moving or casting the model undoes it."""
+        for module in self.modules():
+            pack = getattr(module, "pack", None)
+            if module is not self and pack is not None:
+                pack()
+
     def logits(self, hidden: Tensor) -> Tensor:
         """[..., d_model] -> [..., vocab_size] in float32 (float64 in a float64 model)."""
-        weight = self.embedding.weight if self.head is None else self.head.weight
-        return at_least_float32(F.linear(hidden, weight))
+        return at_least_float32(F.linear(hidden, self.embedding.weight) if self.head is None else self.head(hidden))
 
     def loss(
         self, tokens: Tensor, targets: Tensor, cu_seqlens: Tensor | None = None, reduction: str = "mean"
@@ -206,6 +244,20 @@ class LanguageModel(nn.Module):
 
     def _chunk_loss(self, hidden: Tensor, targets: Tensor) -> Tensor:
         return F.cross_entropy(self.logits(hidden), targets, ignore_index=IGNORED_TARGET, reduction="none")
+
+    def quantize(self, kind: str) -> Self:
+        """Keep weights in 8 bits, "int8" or "fp8", a scale for each output; for inference, and not to be undone.
+
+        They are those of the MLPs, of the mixers' projections of queries, keys, values and output, and of the head.
+        Everything that gates, decays, convolves, normalises or embeds stays as it is, and so do the input projections
+        of Mamba, which hold their gates.
+        """
+        for module in list(self.modules()):
+            mlp = ("gate", "up", "down") if isinstance(module, SwiGLU) else ()
+            for name in ("q_proj", "k_proj", "v_proj", "out_proj", "head", *mlp):
+                if isinstance(getattr(module, name, None), nn.Linear):
+                    setattr(module, name, QuantizedLinear(getattr(module, name), kind))
+        return self
 
     def num_parameters(self) -> int:
         """All parameters, each counted once."""

@@ -10,11 +10,13 @@ import time
 
 import httpx
 import pytest
-from saved_run import save_run
+import torch
+from saved_run import BYTES, save_run
 from serving.texts import alone
 from small import small_model
 
 from gdn2.cli import main
+from gdn2.inference import Engine
 
 
 @pytest.fixture(scope="module")
@@ -73,6 +75,23 @@ def test_signal_ends_it_once_what_runs_and_waits_is_answered_to_keys_of_the_envi
         process.stderr.close()
 
 
+def test_model_is_kept_in_what_is_asked_for(run):
+    folder, _ = run
+    process, url = start(folder, "--weights", "int8", "--memories", "bfloat16")
+    try:
+        ask = {"prompt": "ab", "max_tokens": 20, "temperature": 0}
+        answer = httpx.post(f"{url}/v1/completions", json=ask, timeout=60).json()
+        narrow = small_model().quantize("int8")
+        assert answer["choices"][0]["text"] == alone(narrow, "ab", 20, memory_dtype=torch.bfloat16)[0]
+        state = Engine(narrow, BYTES, memory_dtype=torch.bfloat16).state_bytes
+        assert state < Engine(narrow, BYTES).state_bytes
+        assert f"gdn2_state_bytes {float(state)}" in httpx.get(f"{url}/metrics").text
+    finally:
+        process.kill()
+        process.wait()
+        process.stderr.close()
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -82,6 +101,8 @@ def test_signal_ends_it_once_what_runs_and_waits_is_answered_to_keys_of_the_envi
         (["--timeout", "0"], "timeout is 0.0; expected seconds above 0"),
         (["--chat-template", "BAD"], "the chat template is not Jinja"),
         (["--device", "tpu"], "--device is 'tpu'"),
+        (["--weights", "int4"], "--weights is 'int4'; expected one of float32, bfloat16, int8, fp8"),
+        (["--memories", "fp8"], "--memories is 'fp8'; expected float32 or bfloat16"),
     ],
 )
 def test_bad_input_is_one_line(run, tmp_path, capsys, monkeypatch, options, message):

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from gdn2.cli.common import Device, Run, counting, load
+from gdn2.cli.common import Device, Run, Weights, counting, load
 
 if TYPE_CHECKING:
     from gdn2.data import Tokenizer
@@ -55,6 +55,7 @@ def evaluate(
     data: Annotated[Path | None, typer.Option(help="Folder of token shards; else the run's own.")] = None,
     seed: Annotated[int, typer.Option(help="Seed of the questions.")] = 0,
     task_path: Annotated[Path | None, typer.Option(help="Folder with further tasks of lm-evaluation-harness.")] = None,
+    weights: Weights = None,
     device: Device = "auto",
 ) -> None:
     """Measure a model on held-out text. The results are shown, and kept in RUN/eval.json.
@@ -63,6 +64,7 @@ def evaluate(
     Examples:
       gdn2 eval runs/first
       gdn2 eval runs/first --tasks perplexity --length 8192
+      gdn2 eval runs/first --tasks perplexity --weights int8
       gdn2 eval runs/first --length 8192 model.rope_scaling=ntk model.rope_factor=4
       gdn2 eval runs/first --tasks niah_single_1,niah_multikey_1 --length 2048,4096 --samples 500
       gdn2 eval runs/first --tasks niah_single_2 --length 1024,2048,4096 --depths 0,25,50,75,100
@@ -81,12 +83,14 @@ def evaluate(
     changed = list(settings or ())
     harness = [name.removeprefix(report.HARNESS) for name in names if name.startswith(report.HARNESS)]
     own = [name for name in names if not name.startswith(report.HARNESS)]
-    loaded = load(run, device, changed)
+    loaded = load(run, device, changed, weights)
     val: Any = shards_of(data or loaded.config.data.path, loaded.tokenizer).split("val") if own else None
+    about = {"checkpoint": loaded.checkpoint, "settings": changed}
+    about |= {} if weights is None else {"weights": weights}
     results, shown = report.read(run / "eval.json"), list(own)
     for name in own:
         with loaded.autocast, counting(name) as progress:
-            results[name] = {"checkpoint": loaded.checkpoint, "settings": changed} | report.evaluate(
+            results[name] = about | report.evaluate(
                 name,
                 loaded.model,
                 loaded.tokenizer,
@@ -118,7 +122,6 @@ def evaluate(
                 task_path,
                 progress=progress,
             )
-        about = {"checkpoint": loaded.checkpoint, "settings": changed}
         found = {report.HARNESS + name: about | score for name, score in scores.items()}
         results |= found
         shown += found

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from gdn2.cli.common import Device, Loaded, Run, load
+from gdn2.cli.common import Device, Loaded, Memories, Run, Weights, load_to_generate, memory_dtype
 
 if TYPE_CHECKING:
     from gdn2.inference import Draft
@@ -31,6 +31,8 @@ def generate(
             "same text in fewer passes. Needs --temperature 0.",
         ),
     ] = None,
+    weights: Weights = None,
+    memories: Memories = "float32",
     device: Device = "auto",
 ) -> None:
     """Continue a text, shown as it comes. Without a prompt that is the text on standard input, or a new one.
@@ -41,6 +43,7 @@ def generate(
       gdn2 generate runs/first --prompt "import " --prompt "class " --temperature 0
       gdn2 generate runs/first < story.txt
       gdn2 generate runs/large --prompt "import " --temperature 0 --draft runs/small
+      gdn2 generate runs/large --prompt "import " --weights int8
     """
     from gdn2.generate import generate_text
 
@@ -54,9 +57,12 @@ def generate(
         prompts.append("" if sys.stdin.isatty() else sys.stdin.read())
     if draft is not None and (temperature, top_k, top_p) != (0, 0, 1):
         raise ValueError("--draft is for greedy text; expected --temperature 0, and neither --top-k nor --top-p")
-    loaded = load(run, device)
+    if draft is not None and memories != "float32":
+        raise ValueError(f"--memories is {memories!r} with --draft; expected float32")
+    kept_in = memory_dtype(memories)
+    loaded = load_to_generate(run, device, weights)
     if draft is not None:
-        guesser = _guesser(loaded, draft)
+        guesser = _guesser(loaded, draft, weights)
         with loaded.autocast:
             for number, text in enumerate(prompts, 1):
                 if len(prompts) > 1:
@@ -73,6 +79,7 @@ def generate(
         top_p=top_p,
         seed=seed,
         stop_strings=stop or (),
+        memory_dtype=kept_in,
     )
     with loaded.autocast:
         if len(prompts) == 1:
@@ -86,13 +93,13 @@ def generate(
                 typer.echo(f"--- {number} of {len(prompts)} ---\n{start}{text}")
 
 
-def _guesser(loaded: Loaded, draft: str) -> "Draft":
+def _guesser(loaded: Loaded, draft: str, weights: str | None) -> "Draft":
     """What `--draft` asks for."""
     from gdn2.inference import DraftModel, PromptLookup
 
     if draft == "lookup":
         return PromptLookup()
-    small = load(Path(draft), str(loaded.device))
+    small = load_to_generate(Path(draft), str(loaded.device), weights)
     if small.tokenizer.definition() != loaded.tokenizer.definition():
         raise ValueError(f"--draft {draft!r} has another tokenizer than the run; expected the same")
     return DraftModel(small.model.eval())

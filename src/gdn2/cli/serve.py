@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from gdn2.cli.common import Device, Run, load
+from gdn2.cli.common import Device, Memories, Run, Weights, load_to_generate, memory_dtype
 
 KEYS_VARIABLE = "GDN2_API_KEYS"
 
@@ -37,6 +37,8 @@ def serve(
     timeout: Annotated[float, typer.Option(help="Seconds for a whole answer.")] = 300.0,
     grace: Annotated[int, typer.Option(min=0, help="Seconds that running requests get after SIGTERM.")] = 60,
     connections: Annotated[int, typer.Option(min=1, help="Open connections at a time.")] = 1_000,
+    weights: Weights = None,
+    memories: Memories = "float32",
     device: Device = "auto",
 ) -> None:
     """Serve a model as OpenAI's API, with a page to try it at /. SIGTERM ends it once running requests are answered.
@@ -71,13 +73,14 @@ def serve(
         max_new_tokens=max_tokens,
         timeout=timeout,
     )
-    loaded = load(run, device)
+    kept_in = memory_dtype(memories)
+    loaded = load_to_generate(run, device, weights)
     model, tokenizer = loaded.model.eval(), loaded.tokenizer
     template = tokenizer.chat_template if chat_template is None else chat_template.read_text(encoding="utf-8")
 
     def make_engine() -> Engine:
         kept = PrefixCache(cache * 2**20, chunk) if cache else None
-        return Engine(model, tokenizer, slots, chunk, kept)
+        return Engine(model, tokenizer, slots, chunk, kept, memory_dtype=kept_in)
 
     app = create_app(settings, model, tokenizer, make_engine, template, loaded.autocast)
 

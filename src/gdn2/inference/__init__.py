@@ -1,5 +1,6 @@
 """Generation beyond one batch: state to keep and return to, prefixes read once, drafts, and many requests at a time."""
 
+from gdn2.decoding import DecodeStep
 from gdn2.inference.engine import Completion, Engine, Event, Request, TokenScore
 from gdn2.inference.memory_trace import BlockTrace, HeadUpdate, MemoryTrace, TokenTrace, trace_blocks, traced_blocks
 from gdn2.inference.prefix_cache import PrefixCache
@@ -9,6 +10,7 @@ from gdn2.inference.speculative import Draft, DraftModel, PromptLookup, Round, s
 __all__ = [
     "BlockTrace",
     "Completion",
+    "DecodeStep",
     "Draft",
     "DraftModel",
     "Engine",

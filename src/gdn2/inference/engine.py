@@ -13,16 +13,16 @@ The engine is driven by `step` and belongs to one thread.
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple, Protocol
+from typing import NamedTuple, Protocol
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
+from gdn2.decoding import DecodeStep, likeliest_tokens
 from gdn2.generate import StopStrings, TextStream, sample_tokens
 from gdn2.inference.prefix_cache import PrefixCache
 from gdn2.inference.session import Session, Snapshot
-from gdn2.layers.state import AttentionState, state_bytes, state_rows
+from gdn2.layers.state import state_rows
 from gdn2.model import LanguageModel
 
 
@@ -119,9 +119,10 @@ class Engine:
         slots: texts that run at a time; more wait their turn, first come first served.
         chunk: prompt tokens read between two steps.
         cache: states of prefixes, found and kept for prompts and for what followed them; its block is `chunk`.
+        graph, memory_dtype: whether steps come from a CUDA graph, and what memories are kept in; see `DecodeStep`.
 
     Raises:
-        ValueError: slots or chunk below 1, or a cache of another block.
+        ValueError: slots or chunk below 1, a cache of another block, or what `DecodeStep` refuses.
     """
 
     def __init__(
@@ -131,6 +132,8 @@ class Engine:
         slots: int = 8,
         chunk: int = 512,
         cache: PrefixCache | None = None,
+        graph: bool | None = None,
+        memory_dtype: torch.dtype | None = None,
     ) -> None:
         for name, value in (("slots", slots), ("chunk", chunk)):
             if value < 1:
@@ -140,7 +143,8 @@ class Engine:
         self.model, self.tokenizer, self.chunk, self.cache = model, tokenizer, chunk, cache
         self._device = next(model.parameters()).device
         self._slots: list[_Running | None] = [None] * slots
-        self._state: Any = model.initial_state(slots)
+        self._step = DecodeStep(model, slots, graph, memory_dtype)
+        self._fresh = model.initial_state(1)
         self._last = [0] * slots  # the token that each slot reads next
         self._waiting: deque[_Running] = deque()
         self._reading: _Running | None = None
@@ -170,7 +174,7 @@ class Engine:
     @property
     def state_bytes(self) -> int:
         """Bytes of the state of all slots."""
-        return state_bytes(self._state)
+        return self._step.state_bytes
 
     def submit(self, request: Request) -> int:
         """Take in a request; returns its number, under which events tell of it. ValueError for one that cannot be."""
@@ -224,11 +228,11 @@ class Engine:
         """Read a chunk of a prompt and take one step of every text that runs; returns what that brought."""
         events, self._ended = self._ended, []
         if any(self._slots):
-            tokens = torch.tensor(self._last, device=self._device)[:, None]
-            hidden, self._state = self.model(tokens, self._state)
-            self._trim()
             rows = [i for i, slot in enumerate(self._slots) if slot is not None]
-            events += self._say([self._slots[i] for i in rows], self.model.logits(hidden[:, -1])[rows], rows)
+            texts = [text for text in self._slots if text is not None]
+            self._make_room()
+            logits = self._step(self._last)
+            events += self._say(texts, logits, self._step.likeliest, rows, rows)
         events += self._prefill()
         return events
 
@@ -253,7 +257,7 @@ class Engine:
         """Read the next chunk of a prompt, and give it a slot once it is read."""
         if self._reading is None and self._waiting and None in self._slots:
             self._reading = self._waiting.popleft()
-            self._reading.session = Session(self.model, self.chunk, keep=0)
+            self._reading.session = Session(self.model, self.chunk, keep=0, memory_dtype=self._step.memory_dtype)
             cache = self.cache if self._reading.request.prompt_logprobs is None else None
             found = None if cache is None else cache.find(self._reading.request.prompt[:-1])
             if found is not None:
@@ -277,24 +281,30 @@ class Engine:
         slot = self._slots.index(None)
         self._reading, running.session = None, None
         self._slots[slot] = running
-        self._put(slot, snapshot.state)
-        return self._say([running], logits, [slot])
+        self._make_room()
+        self._step.put(slot, snapshot.state)
+        (event,) = self._say([running], logits, likeliest_tokens(logits), [0], [slot])
+        return [event]
 
-    def _say(self, texts: Sequence[_Running | None], logits: Tensor, slots: Sequence[int]) -> list[Event]:
+    def _say(
+        self, texts: Sequence[_Running], logits: Tensor, likeliest: Tensor, rows: Sequence[int], slots: Sequence[int]
+    ) -> list[Event]:
         """Choose the next token of each text from its row of logits, and end those that are done."""
-        rows = [text for text in texts if text is not None]
-        _require(not bool(logits.isnan().any()), "a logit", float("nan"), "numbers; the model's weights are broken")
-        chosen: list[int] = [0] * len(rows)
+        best = likeliest.tolist()
+        _require(
+            min(best[row] for row in rows) >= 0, "a logit", float("nan"), "numbers; the model's weights are broken"
+        )
+        chosen = {row: best[row] for row in rows}
         alike: dict[tuple[float, int, float], list[int]] = {}
-        for i, text in enumerate(rows):
-            alike.setdefault((text.request.temperature, text.request.top_k, text.request.top_p), []).append(i)
+        for i, text in enumerate(texts):
+            if text.request.temperature > 0:
+                alike.setdefault((text.request.temperature, text.request.top_k, text.request.top_p), []).append(i)
         for settings, part in alike.items():
             # Drawn on the CPU, so that a seed gives one text on every device.
-            uniform = torch.stack([torch.rand((), generator=rows[i].generator, dtype=torch.float64) for i in part])
-            tokens = sample_tokens(logits[part], *settings, uniform.to(logits.device))
-            for i, token in zip(part, tokens.tolist()):
-                chosen[i] = token
-        return [self._tell(text, logits[i], chosen[i], slots[i]) for i, text in enumerate(rows)]
+            uniform = torch.stack([torch.rand((), generator=texts[i].generator, dtype=torch.float64) for i in part])
+            of = [rows[i] for i in part]
+            chosen |= zip(of, sample_tokens(logits[of], *settings, uniform.to(logits.device)).tolist())
+        return [self._tell(text, logits[row], chosen[row], slot) for text, row, slot in zip(texts, rows, slots)]
 
     def _tell(self, text: _Running, logits: Tensor, token: int, slot: int) -> Event:
         score = None if text.request.logprobs is None else _scores(logits[None], [token], text.request.logprobs)[0]
@@ -317,7 +327,7 @@ class Engine:
             if token is not None:
                 read.pop()  # chosen, never read
             row = torch.tensor([slot], device=self._device)  # an index copies: the slot is written over below
-            self.cache.store(read, state_rows(self._state, row))
+            self.cache.store(read, state_rows(self._step.state, row))
         self._release(slot)
         rest = text.stop.feed(text.stream.flush()) + text.stop.flush()
         return Event(text.id, token, piece + rest, score, finish, _take(text.prompt_scores))
@@ -325,38 +335,12 @@ class Engine:
     def _release(self, slot: int) -> None:
         self._slots[slot] = None
         self._last[slot] = 0
-        self._put(slot, self.model.initial_state(1))
+        self._step.put(slot, self._fresh)
 
-    def _put(self, slot: int, row: Any) -> None:
-        """Make `row` the state of a slot. The slots' state is the engine's own, so it is written in place."""
-        blocks = []
-        for block, new in zip(self._state, row):
-            if isinstance(block, AttentionState) and self.model.config.window is None:
-                room = max(block.keys.shape[1], int(new.position.max()))
-                block = block._replace(keys=_room(block.keys, room).clone(), values=_room(block.values, room).clone())
-                new = new._replace(keys=_room(new.keys, room), values=_room(new.values, room))
-            for tensor, value in zip(block, new):
-                tensor[slot : slot + 1].copy_(value)
-            blocks.append(block)
-        self._state = tuple(blocks)
-
-    def _trim(self) -> None:
-        """With full attention: no more room for keys than the longest text takes."""
-        if self.model.config.window is not None:
-            return
-        lengths = [len(slot.request.prompt) + len(slot.new) for slot in self._slots if slot is not None]
-        self._state = tuple(
-            block._replace(keys=block.keys[:, : max(lengths)], values=block.values[:, : max(lengths)])
-            if isinstance(block, AttentionState)
-            else block
-            for block in self._state
-        )
-
-
-def _room(tensor: Tensor, slots: int) -> Tensor:
-    """[N, any, heads, head_dim] -> [N, slots, heads, head_dim]: cut off, or filled up with zeros."""
-    tensor = tensor[:, :slots]
-    return F.pad(tensor, (0, 0, 0, 0, 0, slots - tensor.shape[1]))
+    def _make_room(self) -> None:
+        """For the longest text, with what it reads next."""
+        texts = [text for text in self._slots if text is not None]
+        self._step.make_room(max(len(text.request.prompt) + len(text.new) for text in texts))
 
 
 def _scores(logits: Tensor, tokens: Sequence[int], top: int) -> list[TokenScore]:

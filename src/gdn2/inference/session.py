@@ -6,7 +6,7 @@ kept at or before the wanted length. The tokens from there on stay *unread* and 
 in the same forward pass: rolling back costs no pass of its own.
 
 Results are bit for bit those of any other session that read the same tokens in the same pieces; read in other pieces
-(a chunk against single steps) they agree to rounding.
+(a chunk against single steps, or with a `DecodeStep` or without) they agree to rounding.
 """
 
 from collections.abc import Sequence
@@ -15,8 +15,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from gdn2.decoding import DecodeStep
 from gdn2.inference.prefix_cache import PrefixCache
-from gdn2.layers.state import own_state
+from gdn2.layers.state import check_memory_dtype, own_state, wide_memory, with_memory
 from gdn2.model import LanguageModel
 
 
@@ -33,15 +34,29 @@ class Session:
     Args:
         model: it is only read from; any number of sessions may share it.
         chunk: tokens of a forward pass at most.
+        step: takes the reads of a single token, on a GPU from a CUDA graph. It has one row; sessions of one model
+            may share it.
+        memory_dtype: what memories are kept in between forward passes, as for `DecodeStep`; that of `step`, if any.
         keep: states kept to roll back to, one from before each of the last reads; each costs a whole state. With none
             left at or before a length, a rollback starts from the first token again.
     """
 
-    def __init__(self, model: LanguageModel, chunk: int = 512, keep: int = 1) -> None:
+    def __init__(
+        self,
+        model: LanguageModel,
+        chunk: int = 512,
+        keep: int = 1,
+        step: DecodeStep | None = None,
+        memory_dtype: torch.dtype | None = None,
+    ) -> None:
+        check_memory_dtype(memory_dtype)
         for name, value, least in (("chunk", chunk, 1), ("keep", keep, 0)):
             if value < least:
                 raise ValueError(f"{name} is {value}; expected an integer >= {least}")
-        self.model, self.chunk, self.keep = model, chunk, keep
+        if step is not None and (step.model is not model or step.rows != 1):
+            raise ValueError(f"step has {step.rows} rows of {type(step.model)}; expected 1 row of the session's model")
+        self.model, self.chunk, self.keep, self.step = model, chunk, keep, step
+        self.memory_dtype = memory_dtype if step is None else step.memory_dtype
         self._tokens: list[int] = []
         self._at = _Mark(0, None)  # the tokens behind it are the unread ones
         self._marks: list[_Mark] = []
@@ -88,13 +103,19 @@ class Session:
         end = len(self._tokens)
         for start in range(self._at.length, end, self.chunk):
             stop = min(start + self.chunk, end)
+            if stop - start == 1 and self.step is not None and self._at.state is not None:
+                logits, state = self.step.advance(self._at.state, self._tokens[start:stop], stop)
+                self._at = _Mark(stop, state)
+                if stop > end - last:
+                    pieces.append(logits)
+                continue
             tokens = torch.tensor([self._tokens[start:stop]], device=device)
-            hidden, state = self.model(tokens, self._at.state)
-            self._at = _Mark(stop, state)
+            hidden, state = self.model(tokens, wide_memory(self._at.state))
+            self._at = _Mark(stop, with_memory(state, self.memory_dtype))
             wanted = stop - max(start, end - last)
             if wanted > 0:
-                pieces.append(hidden[0, hidden.shape[1] - wanted :])
-        return self.model.logits(torch.cat(pieces)) if pieces else torch.empty(0)
+                pieces.append(self.model.logits(hidden[0, hidden.shape[1] - wanted :]))
+        return torch.cat(pieces) if pieces else torch.empty(0)
 
     def snapshot(self) -> Snapshot:
         """The session as a value that `restore` and `PrefixCache.store` take."""
@@ -109,7 +130,7 @@ class Session:
 
     def fork(self) -> "Session":
         """A session that goes on from here by itself; the two share memory, and neither sees the other."""
-        twin = Session(self.model, self.chunk, self.keep)
+        twin = Session(self.model, self.chunk, self.keep, self.step, self.memory_dtype)
         twin._tokens, twin._at, twin._marks = list(self._tokens), self._at, list(self._marks)
         return twin
 
@@ -129,7 +150,12 @@ class _Mark(NamedTuple):
 
 
 def read_prompt(
-    model: LanguageModel, tokens: Sequence[int], cache: PrefixCache | None = None, chunk: int = 512, keep: int = 1
+    model: LanguageModel,
+    tokens: Sequence[int],
+    cache: PrefixCache | None = None,
+    chunk: int = 512,
+    keep: int = 1,
+    step: DecodeStep | None = None,
 ) -> tuple[Session, Tensor]:
     """A session that has read `tokens`, and the logits [vocab] after the last one.
 
@@ -138,7 +164,7 @@ def read_prompt(
 
     ValueError for no tokens, for one outside the vocabulary, or a cache of another block than `chunk`.
     """
-    session = Session(model, chunk, keep)
+    session = Session(model, chunk, keep, step)
     if cache is None:
         return session, session.read(tokens)[0]
     if cache.block != chunk:

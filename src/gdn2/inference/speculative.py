@@ -13,6 +13,7 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from gdn2.decoding import DecodeStep
 from gdn2.inference.prefix_cache import PrefixCache
 from gdn2.inference.session import Session, read_prompt
 from gdn2.model import LanguageModel
@@ -51,7 +52,7 @@ class DraftModel:
     """Proposes the greedy text of another, smaller model with the same vocabulary."""
 
     def __init__(self, model: LanguageModel, chunk: int = 512) -> None:
-        self._session = Session(model, chunk)
+        self._session = Session(model, chunk, step=DecodeStep(model, 1))
 
     def propose(self, tokens: Sequence[int], n: int) -> list[int]:
         session = self._session
@@ -122,7 +123,7 @@ def _rounds(
     cache: PrefixCache | None,
     chunk: int,
 ) -> Generator[Round, None, None]:
-    session, logits = read_prompt(model, prompt, cache, chunk)
+    session, logits = read_prompt(model, prompt, cache, chunk, step=DecodeStep(model, 1))
     text = [*prompt, *_likeliest(logits[None])]
     new, proposed = text[-1:], 0
     while True:

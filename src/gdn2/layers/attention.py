@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from gdn2.layers.linear import Linear, at_least_float32
 from gdn2.layers.state import AttentionState, check_kind, count_sequences
+from gdn2.ops.fused import fused
 from gdn2.ops.short_conv import sequence_of_token
 
 
@@ -50,6 +51,7 @@ class SlidingWindowAttention(nn.Module):
         self.d_model, self.num_heads, self.head_dim = d_model, num_heads, d_model // num_heads
         self.window, self.rope = window, (rope_base, rope_scaling, rope_factor, rope_length)
         rotary_frequencies(self.head_dim, *self.rope)  # refuses what does not fit
+        self._made: Tensor | None = None
         self.scale: float | None = None  # the root of the head size
         if rope_scaling == "yarn":
             self.scale = self.head_dim**-0.5 * (1 + 0.1 * math.log(rope_factor)) ** 2
@@ -136,6 +138,38 @@ class SlidingWindowAttention(nn.Module):
         slot = torch.arange(n, device=x.device)
         order = (slot - position) % max(n, 1)  # which input lies in each slot
         return AttentionState(keys[:, order], values[:, order], torch.full((B,), position, device=x.device))
+
+    def step(self, x: Tensor, state: AttentionState) -> Tensor:
+        """`forward` of one token [B, 1, d_model] of each sequence; `state` is written in place. No gradients.
+
+        With full attention the state must have an empty slot left for every sequence: nothing here checks it, since
+        that would wait for the GPU, and the oldest keys would be written over.
+        """
+        N, slots = x.shape[0], state.keys.shape[1]
+        heads = (self.num_heads, self.head_dim)
+        q, k, v = (proj(x).unflatten(-1, heads) for proj in (self.q_proj, self.k_proj, self.v_proj))
+        if fused(q) and state.keys.dtype == state.values.dtype == q.dtype:
+            from gdn2.ops.kernels.attend import attend
+
+            scale = self.head_dim**-0.5 if self.scale is None else self.scale
+            o = attend(q[:, 0], k[:, 0], v[:, 0], self._frequencies(x.device), *state, scale)
+            return self.out_proj(o.flatten(1)[:, None])
+        positions = state.position[:, None]
+        angles = rotary_angles(positions, rotary_frequencies(self.head_dim, *self.rope, device=x.device))
+        q, k = rotate(q, angles), rotate(k, angles)
+        where = torch.arange(N, device=x.device), state.position % slots
+        state.keys.index_put_(where, k[:, 0].to(state.keys.dtype))
+        state.values.index_put_(where, v[:, 0].to(state.values.dtype))
+        state.position.add_(1)
+        seen = _newest(state.position, slots) >= 0
+        o = _sdpa(q, state.keys.to(q.dtype), state.values.to(q.dtype), seen[:, None], self.scale)
+        return self.out_proj(o.flatten(-2))
+
+    def _frequencies(self, device: torch.device) -> Tensor:
+        """`rotary_frequencies` of this layer, made once for a device; for steps, which have no gradients."""
+        if self._made is None or self._made.device != device:
+            self._made = rotary_frequencies(self.head_dim, *self.rope, device=device)
+        return self._made
 
     def _one_by_one(
         self, x: Tensor, state: AttentionState | None, cu_seqlens: Tensor, output_state: bool

@@ -2,18 +2,23 @@
 
 from collections.abc import Callable
 from functools import partial
+from typing import TYPE_CHECKING, cast
 
 import torch
 from torch import Tensor, nn
 
 from gdn2.layers.gates import ChannelGates, Gates
-from gdn2.layers.linear import Linear, check_sizes, low_rank
+from gdn2.layers.linear import Linear, at_least_float32, check_sizes, low_rank
 from gdn2.layers.norm import GatedRMSNorm, l2_norm
-from gdn2.layers.state import DeltaState, check_kind, count_sequences
+from gdn2.layers.packed import Packed
+from gdn2.layers.state import DeltaState, check_kind, count_sequences, overwrite
 from gdn2.ops import gated_delta_rule_2
 from gdn2.ops.fused import fused
 from gdn2.ops.projected import rule_from_projections
 from gdn2.ops.short_conv import short_conv
+
+if TYPE_CHECKING:
+    from gdn2.ops.kernels.decode import Token, Weights
 
 Rule = Callable[..., tuple[Tensor, Tensor | None]]
 
@@ -157,6 +162,12 @@ class DeltaMixer(nn.Module):
         )
         return rule, (q, k, v, *self.gates.project(x), *self.gates.decay_parameters())
 
+    def step(self, x: Tensor, state: DeltaState) -> Tensor:
+        """`forward` of one token [B, 1, d_model] of each sequence; `state` is written in place. No gradients."""
+        y, after = self(x, state._replace(memory=at_least_float32(state.memory)))
+        overwrite(state, after)
+        return y
+
     def read_out(self, o: Tensor, x: Tensor) -> Tensor:
         """The operator's output [B, T, HV, V], normalised and gated by x [B, T, d_model]."""
         gated: Tensor = self.norm(o, self.output_gate(x).unflatten(-1, (self.num_value_heads, self.value_dim)))
@@ -197,9 +208,10 @@ class GatedDeltaNet2(DeltaMixer):
             d_model, num_heads, HV, key_dim, value_dim, negative_eigenvalues, channel_erase, channel_write,
             decay_lower_bound,
         )  # fmt: skip
-        self.output_gate = low_rank(d_model, value_dim, HV * value_dim, bias=True)
+        self.output_gate: nn.Sequential = low_rank(d_model, value_dim, HV * value_dim, bias=True)
         self.norm: GatedRMSNorm = GatedRMSNorm(value_dim, norm_eps)
         self.out_proj = Linear(HV * value_dim, d_model, bias=False)
+        self._packed: Packed | None = None
         self.reset_parameters()
 
     def forward(
@@ -218,21 +230,51 @@ class GatedDeltaNet2(DeltaMixer):
             return y, after if output_state else None
         return super().forward(x, state, cu_seqlens, output_state)
 
+    def step(self, x: Tensor, state: DeltaState) -> Tensor:
+        """As `DeltaMixer.step`; on a GPU one kernel that reads and writes the memory once."""
+        if not (self.gates.plain and fused(x)):
+            return super().step(x, state)
+        from gdn2.ops.kernels import decode
+
+        check_kind(state, DeltaState)
+        token, weights = self._projected(x)
+        y = decode.decode_in_place(token, weights, decode.State(*state), None, **self._options())
+        return self.out_proj(y).unsqueeze(1)
+
+    def pack(self) -> None:
+        """Put all that reads the layer's input side by side for the fused step, where it can be and is not yet."""
+        low_decay = cast(nn.Sequential, self.gates.decay.projection)[0]
+        read = [self.q_proj, self.k_proj, self.v_proj, self.gates.erase, self.gates.write]
+        read += [cast(Linear, low_decay), cast(Linear, self.output_gate[0])]
+        self._packed = Packed.of(read, self._packed)
+
     def _step(self, x: Tensor, state: DeltaState) -> tuple[Tensor, DeltaState]:
         """`forward` of one token [B, 1, d_model], fused between the projections."""
         from gdn2.ops.kernels import decode
 
-        gates, decay = self.gates, self.gates.decay
-        projected = self.q_proj(x), self.k_proj(x), self.v_proj(x), *gates.project(x), self.output_gate(x)
-        token = decode.Token(*(p.flatten(1) for p in projected))
-        weights = decode.Weights(self.conv_q, self.conv_k, self.conv_v, decay.rate, decay.delta, self.norm.weight)
+        token, weights = self._projected(x)
         conv_q, conv_k, conv_v = (tail.to(p.dtype) for tail, p in zip(state[:3], token))
-        y, after = decode.decode(
-            token,
-            weights,
-            decode.State(conv_q, conv_k, conv_v, state.memory),
-            scale=self.key_dim**-0.5,
-            largest_erase=gates.largest_erase,
-            norm_eps=self.norm.eps,
-        )
+        before = decode.State(conv_q, conv_k, conv_v, state.memory)
+        y, after = decode.decode(token, weights, before, **self._options())
         return self.out_proj(y).unsqueeze(1), DeltaState(*after)
+
+    def _projected(self, x: Tensor) -> "tuple[Token, Weights]":
+        """What the fused step takes of one token [B, 1, d_model] and of this layer."""
+        from gdn2.ops.kernels import decode
+
+        decay = self.gates.decay
+        if self._packed is None or not self._packed.valid:
+            projected = self.q_proj(x), self.k_proj(x), self.v_proj(x), *self.gates.project(x), self.output_gate(x)
+        else:
+            q, k, v, b, w, low_f, low_gate = self._packed(x)
+            f, gate = cast(nn.Sequential, decay.projection)[1](low_f), self.output_gate[1](low_gate)
+            projected = q, k, v, f, b, w, gate
+        weights = decode.Weights(self.conv_q, self.conv_k, self.conv_v, decay.rate, decay.delta, self.norm.weight)
+        return decode.Token(*(p.flatten(1) for p in projected)), weights
+
+    def _options(self) -> dict[str, float]:
+        return {
+            "scale": self.key_dim**-0.5,
+            "largest_erase": self.gates.largest_erase,
+            "norm_eps": self.norm.eps,
+        }

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from gdn2.layers.decay import Float32Parameters, init_rate, init_step
 from gdn2.layers.linear import Linear, at_least_float32, check_sizes
 from gdn2.layers.norm import RMSNorm
-from gdn2.layers.state import Mamba2State, check_kind, count_sequences
+from gdn2.layers.state import Mamba2State, check_kind, count_sequences, overwrite
 from gdn2.ops import mamba2
 from gdn2.ops.short_conv import short_conv
 
@@ -82,6 +82,12 @@ class Mamba2(Float32Parameters):
                 device=device, dtype=torch.promote_types(dtype, torch.float32),
             ),
         )  # fmt: skip
+
+    def step(self, x: Tensor, state: Mamba2State) -> Tensor:
+        """As `DeltaMixer.step`."""
+        y, after = self(x, state._replace(memory=at_least_float32(state.memory)))
+        overwrite(state, after)
+        return y
 
     def forward(
         self,

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from gdn2.layers.decay import Float32Parameters, init_step
 from gdn2.layers.linear import Linear, at_least_float32, check_sizes
 from gdn2.layers.norm import RMSNorm
-from gdn2.layers.state import Mamba3State, check_kind, count_sequences
+from gdn2.layers.state import Mamba3State, check_kind, count_sequences, overwrite
 from gdn2.ops import Mamba3Memory, mamba3
 from gdn2.ops.short_conv import sequence_of_token
 
@@ -106,6 +106,12 @@ class Mamba3(Float32Parameters):
             torch.zeros(batch, self.rank, H, K, device=device, dtype=dtype),
             torch.zeros(batch, self.rank, H, V, device=device, dtype=dtype),
         )
+
+    def step(self, x: Tensor, state: Mamba3State) -> Tensor:
+        """As `DeltaMixer.step`."""
+        y, after = self(x, state._replace(memory=at_least_float32(state.memory)))
+        overwrite(state, after)
+        return y
 
     def forward(
         self,

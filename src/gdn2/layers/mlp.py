@@ -4,6 +4,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gdn2.layers.linear import Linear
+from gdn2.layers.packed import Packed
+from gdn2.ops.fused import fused
 
 
 class SwiGLU(nn.Module):
@@ -15,5 +17,20 @@ class SwiGLU(nn.Module):
         self.up = Linear(d_model, width, bias=False)
         self.down = Linear(width, d_model, bias=False)
 
+        self._packed: Packed | None = None
+
     def forward(self, x: Tensor) -> Tensor:
         return self.down(F.silu(self.gate(x)) * self.up(x))
+
+    def pack(self) -> None:
+        """Put gate and up side by side for `step`, where they can be and are not yet."""
+        self._packed = Packed.of([self.gate, self.up], self._packed)
+
+    def step(self, x: Tensor) -> Tensor:
+        """`forward` without gradients, in fewer operations once packed."""
+        if self._packed is None or not self._packed.valid or not fused(x):
+            return self(x)
+        from gdn2.ops.kernels.between import swiglu
+
+        y: Tensor = self.down(swiglu(self._packed.product(x)))
+        return y

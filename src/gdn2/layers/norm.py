@@ -29,6 +29,15 @@ class RMSNorm(nn.Module):
         wide = at_least_float32(x)
         return F.rms_norm(wide, self.weight.shape, self.weight.to(wide.dtype), self.eps).to(x.dtype)
 
+    def of_sum(self, x: Tensor, added: Tensor) -> tuple[Tensor, Tensor]:
+        """x + added, and its norm; without gradients one operation where operations are fused."""
+        if fused(x) and not torch.is_grad_enabled():
+            from gdn2.ops.kernels.between import add_rms_norm
+
+            return add_rms_norm(x, added, self.weight, self.eps)
+        x = x + added
+        return x, self(x)
+
 
 class GatedRMSNorm(RMSNorm):
     """RMSNorm of x times SiLU of a gate; x and gate [..., dim]. The weight is shared by all heads."""

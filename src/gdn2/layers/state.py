@@ -7,6 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from gdn2.layers.linear import at_least_float32
+
 
 class DeltaState(NamedTuple):
     """State of a delta-rule mixer, one row per sequence.
@@ -86,6 +88,49 @@ def own_state(state: Any) -> Any:
         return tensor if whole else tensor.clone(memory_format=torch.contiguous_format)
 
     return tuple(type(block)(*map(own, block)) for block in state)
+
+
+def overwrite(state: Sequence[Tensor], new: Sequence[Tensor]) -> None:
+    """Copy the tensors of a block's state into those of another, whose dtypes they take."""
+    for tensor, value in zip(state, new):
+        tensor.copy_(value)
+
+
+def with_room(state: Any, slots: int) -> Any:
+    """The model state with room for `slots` tokens in its full attention: empty slots are added, or cut off the end."""
+
+    def fit(tensor: Tensor) -> Tensor:
+        tensor = tensor[:, :slots]
+        return F.pad(tensor, (0, 0, 0, 0, 0, slots - tensor.shape[1]))
+
+    return tuple(
+        block._replace(keys=fit(block.keys), values=fit(block.values)) if isinstance(block, AttentionState) else block
+        for block in state
+    )
+
+
+def with_memory(state: Any, dtype: torch.dtype | None) -> Any:
+    """The model state with memories in another dtype; all else as it is. None changes nothing."""
+    return tuple(
+        block if dtype is None or isinstance(block, AttentionState) else block._replace(memory=block.memory.to(dtype))
+        for block in state
+    )
+
+
+def wide_memory(state: Any) -> Any:
+    """The model state, None too, with memories in at least float32, as a forward pass takes them."""
+    if state is None:
+        return None
+    return tuple(
+        block if isinstance(block, AttentionState) else block._replace(memory=at_least_float32(block.memory))
+        for block in state
+    )
+
+
+def check_memory_dtype(dtype: torch.dtype | None) -> None:
+    """ValueError for a dtype that memories are not kept in."""
+    if dtype not in (None, torch.float32, torch.bfloat16):
+        raise ValueError(f"memory_dtype is {dtype}; expected torch.float32, torch.bfloat16 or None")
 
 
 def state_bytes(state: Any) -> int:

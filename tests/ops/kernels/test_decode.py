@@ -17,7 +17,7 @@ BOUNDS = {torch.float32: 3e-6, torch.bfloat16: 5e-3, torch.float16: 7e-4}
 class Step:
     """A layer, one token of N sequences and their state, in float64; and the same rounded to `dtype` for the kernel."""
 
-    def __init__(self, N=2, H=2, HV=2, K=16, V=16, width=4, negative=False, dtype=torch.float32):
+    def __init__(self, N=2, H=2, HV=2, K=16, V=16, width=4, negative=False, dtype=torch.float32, memory=torch.float32):
         torch.manual_seed(0)
         layer = GatedDeltaNet2(8, H, HV, K, V, width, negative, norm_eps=1e-4).double()
         for p in (layer.norm.weight, layer.conv_q, layer.conv_k, layer.conv_v):
@@ -28,7 +28,7 @@ class Step:
         widths = (keys, keys, values, keys, keys, values, values)
         self.token = decode.Token(*(normal(N, w) for w in widths))
         tails = [normal(N, width - 1, w) for w in widths[:3]]
-        self.state = decode.State(*tails, normal(N, HV, K, V, to=torch.float32))
+        self.state = decode.State(*tails, normal(N, HV, K, V, to=memory))
         decay = layer.gates.decay
         self.weights = decode.Weights(
             *(p.detach().to(DEVICE, torch.float32)
@@ -58,7 +58,7 @@ class Step:
         y, state = decode.decode(self.token, self.weights, self.state, **self.options)
         got, expected = dict(zip(NAMES, (y.cpu(), *(t.cpu() for t in state)))), self.expected()
         assert_close({"y": got.pop("y")}, {"y": expected.pop("y")}, BOUNDS[y.dtype])
-        assert_close({"memory": got["memory"]}, {"memory": expected["memory"]}, BOUNDS[torch.float32])
+        assert_close({"memory": got["memory"]}, {"memory": expected["memory"]}, BOUNDS[got["memory"].dtype])
         for name in ("conv_q", "conv_k", "conv_v"):
             assert torch.equal(got[name].double(), expected[name])
 
@@ -85,6 +85,20 @@ def test_heads_wider_than_a_tile_are_cut(monkeypatch):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_16_bit_outputs_are_rounded_once(dtype):
     Step(dtype=dtype).hold()
+
+
+@pytest.mark.parametrize("in_place", [False, True])
+def test_memory_in_16_bits_is_rounded_once(in_place):
+    step = Step(memory=torch.bfloat16)
+    step.hold()
+    y, after = decode.decode(step.token, step.weights, step.state, **step.options)
+    assert after.memory.dtype == torch.bfloat16
+    wide = step.state._replace(memory=step.state.memory.float())
+    expected, _ = decode.decode(step.token, step.weights, wide, **step.options)
+    assert torch.equal(y, expected)  # read before it is rounded
+    if in_place:
+        assert torch.equal(decode.decode_in_place(step.token, step.weights, step.state, **step.options), expected)
+        assert torch.equal(step.state.memory, after.memory)
 
 
 def test_slots_of_a_pool_are_updated_and_no_others():

@@ -51,7 +51,7 @@ class Weights(NamedTuple):
 
 class State(NamedTuple):
     """Tails conv_q, conv_k [rows, width - 1, H * K] and conv_v [rows, width - 1, HV * V] in the token's dtype, memory
-    [rows, HV, K, V] float32. A row belongs to one sequence."""
+    [rows, HV, K, V] float32, or bfloat16: then it is rounded once a token. A row belongs to one sequence."""
 
     conv_q: Tensor
     conv_k: Tensor
@@ -61,16 +61,15 @@ class State(NamedTuple):
 
 @triton.jit
 def convolve_token(
-    x_ptr, taps_ptr, tail_ptr, out_ptr, sequence, row, cols, mask, D: tl.constexpr, WIDTH: tl.constexpr,
-    WP: tl.constexpr,
+    x_ptr, taps_ptr, tail_ptr, out_ptr, row, cols, mask, D: tl.constexpr, WIDTH: tl.constexpr, WP: tl.constexpr,
 ):  # fmt: skip
-    """The convolution's output for one token; its tail moves on by one input."""
+    """The convolution's output for one token, whose channels begin at x; its tail moves on by one input."""
     PAST: tl.constexpr = WIDTH - 1
     m = tl.arange(0, WP)[:, None]  # the inputs, oldest first: the tail's and the token's
     inside = mask[None, :] & (m < WIDTH)
     at = (row * PAST + m) * D + cols[None, :]
     old = tl.load(tail_ptr + at, mask=inside & (m < PAST), other=0.0)
-    new = tl.load(x_ptr + sequence * D + cols[None, :] + 0 * m, mask=inside & (m == PAST), other=0.0)
+    new = tl.load(x_ptr + cols[None, :] + 0 * m, mask=inside & (m == PAST), other=0.0)
     inputs = tl.where(m < PAST, old, new)
     taps = tl.load(taps_ptr + cols[None, :] * WIDTH + m, mask=inside, other=0.0).to(tl.float32)
     u = tl.sum(inputs.to(tl.float32) * taps, 0)
@@ -83,7 +82,7 @@ def convolve_token(
 def prepare_token(
     q_ptr, k_ptr, v_ptr, f_ptr, b_ptr, w_ptr, conv_q_ptr, conv_k_ptr, conv_v_ptr, rate_ptr, delta_ptr,
     tail_q_ptr, tail_k_ptr, tail_v_ptr, tail_q_out_ptr, tail_k_out_ptr, tail_v_out_ptr, slot_ptr, ready_ptr, z_ptr,
-    scale, largest, l2_eps,
+    scale, largest, l2_eps, stride_q, stride_k, stride_v, stride_f, stride_b, stride_w,
     H: tl.constexpr, HV: tl.constexpr, K: tl.constexpr, V: tl.constexpr, WIDTH: tl.constexpr,
     WP: tl.constexpr, KP: tl.constexpr, VP: tl.constexpr, SLOTS: tl.constexpr,
 ):  # fmt: skip
@@ -94,14 +93,15 @@ def prepare_token(
         keys = tl.arange(0, KP)
         is_key = keys < K
         key = part * K + keys
-        q = convolve_token(q_ptr, conv_q_ptr, tail_q_ptr, tail_q_out_ptr, sequence, row, key, is_key, H * K, WIDTH, WP)
-        k = convolve_token(k_ptr, conv_k_ptr, tail_k_ptr, tail_k_out_ptr, sequence, row, key, is_key, H * K, WIDTH, WP)
+        q_ptr, k_ptr = q_ptr + sequence * stride_q, k_ptr + sequence * stride_k
+        q = convolve_token(q_ptr, conv_q_ptr, tail_q_ptr, tail_q_out_ptr, row, key, is_key, H * K, WIDTH, WP)
+        k = convolve_token(k_ptr, conv_k_ptr, tail_k_ptr, tail_k_out_ptr, row, key, is_key, H * K, WIDTH, WP)
         q *= tl.rsqrt(tl.sum(q * q) + l2_eps) * scale
         k *= tl.rsqrt(tl.sum(k * k) + l2_eps)
-        step = tl.load(f_ptr + sequence * H * K + key, mask=is_key, other=0.0).to(tl.float32)
+        step = tl.load(f_ptr + sequence * stride_f + key, mask=is_key, other=0.0).to(tl.float32)
         step += tl.load(delta_ptr + key, mask=is_key, other=0.0).to(tl.float32)
         alpha = tl.exp(-tl.exp(tl.load(rate_ptr + part).to(tl.float32)) * softplus(step, tl.float32))
-        b = tl.load(b_ptr + sequence * H * K + key, mask=is_key, other=0.0).to(tl.float32)
+        b = tl.load(b_ptr + sequence * stride_b + key, mask=is_key, other=0.0).to(tl.float32)
         ready = ready_ptr + 4 * sequence * H * K + key
         tl.store(ready, q, mask=is_key)
         tl.store(ready + H * K, k, mask=is_key)
@@ -112,16 +112,15 @@ def prepare_token(
         is_value = values < V
         value = (part - H) * V + values
         here = sequence * HV * V + value
-        v = convolve_token(
-            v_ptr, conv_v_ptr, tail_v_ptr, tail_v_out_ptr, sequence, row, value, is_value, HV * V, WIDTH, WP
-        )
-        w = sigmoid(tl.load(w_ptr + here, mask=is_value, other=0.0).to(tl.float32), tl.float32)
+        v_ptr += sequence * stride_v
+        v = convolve_token(v_ptr, conv_v_ptr, tail_v_ptr, tail_v_out_ptr, row, value, is_value, HV * V, WIDTH, WP)
+        w = sigmoid(tl.load(w_ptr + sequence * stride_w + value, mask=is_value, other=0.0).to(tl.float32), tl.float32)
         tl.store(z_ptr + here, w * v, mask=is_value)
 
 
 @triton.jit
 def recur_token(
-    ready_ptr, z_ptr, gate_ptr, norm_ptr, memory_ptr, memory_out_ptr, slot_ptr, y_ptr, norm_eps,
+    ready_ptr, z_ptr, gate_ptr, norm_ptr, memory_ptr, memory_out_ptr, slot_ptr, y_ptr, norm_eps, stride_gate,
     H: tl.constexpr, HV: tl.constexpr, K: tl.constexpr, V: tl.constexpr, KP: tl.constexpr, BV: tl.constexpr,
     SLOTS: tl.constexpr,
 ):  # fmt: skip
@@ -141,17 +140,18 @@ def recur_token(
         values = begin + tl.arange(0, BV)
         inside = is_key[:, None] & (values < V)[None, :]
         state = (row * HV + value_head) * K * V + keys[:, None] * V + values[None, :]
-        S = tl.load(memory_ptr + state, mask=inside, other=0.0) * alpha[:, None]
+        S = tl.load(memory_ptr + state, mask=inside, other=0.0).to(tl.float32) * alpha[:, None]
         z = tl.load(z_ptr + first + values, mask=values < V, other=0.0)
         S += k[:, None] * (z - tl.sum(S * e[:, None], 0))[None, :]
-        tl.store(memory_out_ptr + state, S, mask=inside)
+        tl.store(memory_out_ptr + state, S.to(memory_out_ptr.dtype.element_ty), mask=inside)
         o = tl.sum(S * q[:, None], 0)
         squares += tl.sum(o * o)
         outputs = outputs + (o,)
     r = tl.rsqrt(squares / V + norm_eps)
     for part in tl.static_range((V + BV - 1) // BV):
         values = part * BV + tl.arange(0, BV)
-        gate = tl.load(gate_ptr + first + values, mask=values < V, other=0.0).to(tl.float32)
+        channels = sequence * stride_gate + value_head * V + values
+        gate = tl.load(gate_ptr + channels, mask=values < V, other=0.0).to(tl.float32)
         weight = tl.load(norm_ptr + values, mask=values < V, other=0.0).to(tl.float32)
         y = outputs[part] * r * weight * gate * sigmoid(gate, tl.float32)
         tl.store(y_ptr + first + values, y.to(y_ptr.dtype.element_ty), mask=values < V)
@@ -164,18 +164,21 @@ def _launch(
     H, V, width = weights.rate.shape[0], weights.norm.shape[0], weights.conv_q.shape[1]
     N, K, HV = token.k.shape[0], token.k.shape[1] // H, token.v.shape[1] // V
     verdicts.demand(verdicts.DECODE, token.k.device)
-    token, weights = Token(*(x.contiguous() for x in token)), Weights(*(x.contiguous() for x in weights))
+    token = Token(*(x if x.stride(1) == 1 else x.contiguous() for x in token))  # rows of a wider tensor stay there
+    weights = Weights(*(x.contiguous() for x in weights))
+    strides = [x.stride(0) for x in token]
     ready = torch.empty(N, 4, H, K, dtype=torch.float32, device=token.k.device)
     z = torch.empty(N, HV, V, dtype=torch.float32, device=token.k.device)
-    y = torch.empty_like(token.gate)
+    y = token.gate.new_empty(token.gate.shape)
     KP, VP, WP = (triton.next_power_of_2(size) for size in (K, V, width))
     run(
         prepare_token, N * (H + HV),
-        (*token[:6], *weights[:5], *state[:3], *out[:3], slots, ready, z, scale, largest, L2_EPS),
+        (*token[:6], *weights[:5], *state[:3], *out[:3], slots, ready, z, scale, largest, L2_EPS, *strides[:6]),
         (H, HV, K, V, width, WP, KP, VP, slots is not None), 2,
     )  # fmt: skip
     run(
-        recur_token, N * HV, (ready, z, token.gate, weights.norm, state.memory, out.memory, slots, y, norm_eps),
+        recur_token, N * HV,
+        (ready, z, token.gate, weights.norm, state.memory, out.memory, slots, y, norm_eps, strides[6]),
         (H, HV, K, V, KP, min(VP, max(16, TILE // KP)), slots is not None), 4,
     )  # fmt: skip
     return y
@@ -199,7 +202,7 @@ def _(
 
 @torch.library.custom_op("gdn2::decode_in_place", mutates_args=("pool",))
 def _decode_in_place(
-    token: list[Tensor], weights: list[Tensor], pool: list[Tensor], slots: Tensor, scale: float, largest: float,
+    token: list[Tensor], weights: list[Tensor], pool: list[Tensor], slots: Tensor | None, scale: float, largest: float,
     norm_eps: float,
 ) -> Tensor:  # fmt: skip
     where = State(*pool)
@@ -208,7 +211,7 @@ def _decode_in_place(
 
 @_decode_in_place.register_fake
 def _(
-    token: list[Tensor], weights: list[Tensor], pool: list[Tensor], slots: Tensor, scale: float, largest: float,
+    token: list[Tensor], weights: list[Tensor], pool: list[Tensor], slots: Tensor | None, scale: float, largest: float,
     norm_eps: float,
 ) -> Tensor:  # fmt: skip
     return token[-1].new_empty(token[-1].shape)
@@ -227,14 +230,15 @@ def decode(
 
 
 def decode_in_place(
-    token: Token, weights: Weights, pool: State, slots: Tensor, *, scale: float, largest_erase: float, norm_eps: float
-) -> Tensor:
+    token: Token, weights: Weights, pool: State, slots: Tensor | None = None, *, scale: float, largest_erase: float,
+    norm_eps: float,
+) -> Tensor:  # fmt: skip
     """As `decode`, on a pool of states: sequence n lives in row slots[n], which is updated; no row may occur twice.
 
-    slots [N] int32 or int64. ValueError also for a pool that is not contiguous.
+    slots [N] int32 or int64; None for row n. ValueError also for a pool that is not contiguous.
     """
-    _check(token, weights, pool, pool.memory.shape[0])
-    if slots.shape != token.k.shape[:1] or slots.dtype not in (torch.int32, torch.int64):
+    _check(token, weights, pool, token.k.shape[0] if slots is None else pool.memory.shape[0])
+    if slots is not None and (slots.shape != token.k.shape[:1] or slots.dtype not in (torch.int32, torch.int64)):
         found = f"slots is {slots.dtype} of shape {list(slots.shape)}"
         raise ValueError(f"{found}; expected int32 or int64 of shape {list(token.k.shape[:1])}")
     for name, x in zip(State._fields, pool):
@@ -260,5 +264,5 @@ def _check(token: Token, weights: Weights, state: State, rows: int) -> None:
             if x.shape != shape:
                 raise ValueError(f"{name} has shape {list(x.shape)}; expected {list(shape)}")
     for name, x, dtype in zip(State._fields, state, [token.q.dtype, token.k.dtype, token.v.dtype, torch.float32]):
-        if x.dtype != dtype:
+        if x.dtype != dtype and (name, x.dtype) != ("memory", torch.bfloat16):
             raise ValueError(f"{name} of the state has dtype {x.dtype}; expected {dtype}")
