@@ -231,7 +231,8 @@ def run(
                 counters.targets = counters.tokens = 0
             if due(counters.step, config.train.watch_every):
                 layers = inspect(model, val_batches, device, autocast, ranks)
-                record("layers", layers=layers)
+                if layers:
+                    record("layers", layers=layers)
                 for warning in watch.layers(counters.step, layers):
                     record("event", event=warning)
             if last or due(counters.step, config.train.eval_every):
