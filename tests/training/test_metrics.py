@@ -216,3 +216,9 @@ def test_long_times_left_are_in_hours() -> None:
     stream = io.StringIO()
     Display(1000, 0, stream).show(ROWS[1] | {"elapsed": 100.0})
     assert stream.getvalue().rstrip().endswith("ETA 5:31:40")
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no device that is always full")
+def test_full_disk_names_the_file() -> None:
+    with pytest.raises(OSError, match=r"No space left on device: '/dev/full'"):
+        MetricsFile(Path("/dev/full")).append({"kind": "train", "step": 1})

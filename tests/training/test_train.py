@@ -518,3 +518,13 @@ def test_compiled_blocks_are_asked_for(
     config = make_config("train.tokens=384")
     quiet(replace(config, train=replace(config.train, compile=True)), tmp_path / "run")
     assert len(compiled) == config.model.num_layers
+
+
+def test_muon_is_refused_with_several_processes(
+    make_config: MakeConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in (("RANK", "0"), ("LOCAL_RANK", "0"), ("WORLD_SIZE", "2")):
+        monkeypatch.setenv(name, value)
+    with pytest.raises(ConfigError, match=r"optim\.name is 'muon'; expected adamw with several processes"):
+        quiet(make_config("optim.name=muon"), tmp_path / "run")
+    assert not (tmp_path / "run").exists()

@@ -130,8 +130,12 @@ class MetricsFile:
         self._path = path
 
     def append(self, row: Row) -> None:
-        with self._path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(_finite(row), allow_nan=False) + "\n")
+        """OSError, which names the file, where it cannot be written."""
+        try:
+            with self._path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(_finite(row), allow_nan=False) + "\n")
+        except OSError as error:  # of a full disk, say, which names none
+            raise OSError(error.errno, error.strerror, str(self._path)) from error
 
     def cut_after(self, step: int) -> None:
         """Drop the rows of later steps, and a half-written last line: a resumed run writes them again."""
