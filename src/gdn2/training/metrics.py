@@ -115,6 +115,8 @@ def layer_statistics(model: nn.Module, batch: Batch) -> list[Row]:
         )
 
     with ExitStack() as hooks:
+        if any(module._compiled_call_impl is not None for module in model.modules()):
+            hooks.enter_context(torch.compiler.set_stance("force_eager"))  # hooks would be compiled in, every time anew
         for module in model.modules():
             if isinstance(module, DeltaMixer):
                 hooks.callback(module.register_forward_pre_hook(watch).remove)
