@@ -36,7 +36,7 @@ test: .venv/torch-$(TORCH) lint types ## check style and types, then run the who
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(CORES) --dist worksteal
 
 test-gpu: ## run the tests marked gpu, with PYTHON as it is: a torch for CUDA, pytest, pytest-xdist
-	OMP_NUM_THREADS=1 PYTHONPATH=src $(PYTHON) -m pytest -m gpu -n $(CORES) --dist worksteal -p no:benchmark tests
+	OMP_NUM_THREADS=1 PYTHONPATH=src $(PYTHON) -m pytest -m gpu -n $(CORES) --dist worksteal -p no:benchmark $$(grep -rl --include='test_*.py' mark.gpu tests)
 
 lint: .venv/torch-$(TORCH) ## check style
 	$(BIN)/ruff check .

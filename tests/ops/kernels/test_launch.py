@@ -45,6 +45,8 @@ def held_to_reference(operands, dtype=torch.float32, bounds=None, **options):
     got = {name: x.cpu() for name, x in results(ours, by_kernels, **options).items()}
     output, gradient = bounds or BOUNDS[dtype]
     assert_close({n: got[n] for n in ("o", "state")}, {n: expected[n] for n in ("o", "state")}, output)
+    # In the dtype of ours where that is float16: what is below 6e-8 is nothing there.
+    expected = {n: x.half() if got[n].dtype == torch.float16 else x for n, x in expected.items()}
     assert_close(got, {n: x for n, x in expected.items() if n.startswith("d ")}, gradient)
 
 
