@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 
 from gdn2.data import Batch
-from gdn2.layers import DeltaNet, GatedDeltaNet, GatedDeltaNet2, KimiDeltaAttention, LinearAttention
+from gdn2.layers import DeltaNet, GatedDeltaNet, GatedDeltaNet2, KimiDeltaAttention, LinearAttention, Mamba2
 from gdn2.layers import SlidingWindowAttention as Attention
 from gdn2.ops import gated_delta_rule_2
 from gdn2.training.context import Context, across_ranks, affine_map, share_context
@@ -28,6 +28,7 @@ MIXERS = {
     "gdn": partial(GatedDeltaNet, 8, 2, key_dim=4, value_dim=4, conv_width=1),
     "deltanet": partial(DeltaNet, 8, 2, key_dim=4, value_dim=4),
     "linear": partial(LinearAttention, 8, 2, key_dim=4, value_dim=4),
+    "mamba2": partial(Mamba2, 8, 2, key_dim=4, value_dim=6),
     "window 5": partial(Attention, 8, 2, window=5),
     "window 12": partial(Attention, 8, 2, window=12),
     "window 30": partial(Attention, 8, 2, window=30),

@@ -8,4 +8,4 @@ WORKER = Path(__file__).with_name("context_worker.py")
 
 
 def test_tokens_on_four_ranks_are_one_sequence():
-    assert "checked 26\n" in ranks.run_well(4, WORKER)
+    assert "checked 28\n" in ranks.run_well(4, WORKER)

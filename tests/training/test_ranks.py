@@ -71,7 +71,8 @@ def test_what_does_not_fit_is_named(make_config, tmp_path, as_rank, size, settin
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        (["model.mixer=mamba2", "parallel.context=2"], "parallel.context is 2; expected 1 with the mixer mamba2"),
+        (["model.mixer=mamba3", "model.key_dim=16", "parallel.context=2"],
+         "parallel.context is 2; expected 1 with the mixer mamba3"),
         (["model.mixer=mamba2", "parallel.tensor=2"], "parallel.tensor is 2; expected 1 with the mixer mamba2"),
         (["parallel.tensor=2"], "model.num_heads is 1; expected a multiple of parallel.tensor, 2"),
         (["model.num_heads=2", "parallel.tensor=2"], "model.attention_heads is 1; expected a multiple of"),

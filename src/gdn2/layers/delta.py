@@ -1,6 +1,5 @@
 """The token mixer of every delta rule, and with its own gates that of Gated DeltaNet-2 (Figure 1, right)."""
 
-from collections.abc import Callable
 from functools import partial
 from typing import TYPE_CHECKING, cast
 
@@ -15,12 +14,11 @@ from gdn2.layers.state import DeltaState, check_kind, count_sequences, overwrite
 from gdn2.ops import gated_delta_rule_2
 from gdn2.ops.fused import fused
 from gdn2.ops.projected import rule_from_projections
+from gdn2.ops.rules import Rule
 from gdn2.ops.short_conv import short_conv
 
 if TYPE_CHECKING:
     from gdn2.ops.kernels.decode import Token, Weights
-
-Rule = Callable[..., tuple[Tensor, Tensor | None]]
 
 
 class DeltaMixer(nn.Module):

@@ -1,5 +1,7 @@
 """The token mixer of Mamba-2 (Dao and Gu, arXiv 2405.21060)."""
 
+from functools import partial
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -8,7 +10,8 @@ from gdn2.layers.decay import Float32Parameters, init_rate, init_step
 from gdn2.layers.linear import Linear, at_least_float32, check_sizes
 from gdn2.layers.norm import RMSNorm
 from gdn2.layers.state import Mamba2State, check_kind, count_sequences, overwrite
-from gdn2.ops import mamba2
+from gdn2.ops import gated_delta_rule_2
+from gdn2.ops.rules import Rule
 from gdn2.ops.short_conv import short_conv
 
 
@@ -101,19 +104,25 @@ class Mamba2(Float32Parameters):
         count_sequences(x, self.d_model, cu_seqlens)
         z, u, dt = self.in_proj(x).split(self.widths, dim=-1)
         u, conv = short_conv(u, self.conv, None if state is None else state.conv, cu_seqlens, output_state)
-        v, k, q = u.split([self.num_heads * self.value_dim, self.key_dim, self.key_dim], dim=-1)
-        v = v.unflatten(-1, (self.num_heads, self.value_dim))
-        dt = F.softplus(dt.to(self.delta.dtype) + self.delta)
-        o, memory = mamba2(
-            q.unsqueeze(2).expand(-1, -1, self.num_heads, -1),
-            k.unsqueeze(2).expand(-1, -1, self.num_heads, -1),
-            v,
-            -self.rate.exp() * dt,
-            dt,
-            initial_state=None if state is None else state.memory,
-            output_final_state=output_state,
+        rule, inputs = self.rule(u, dt)
+        o, memory = rule(
+            *inputs, initial_state=None if state is None else state.memory, output_final_state=output_state,
             cu_seqlens=cu_seqlens,
-        )
-        o = (o + self.skip[:, None] * v).flatten(-2)
-        y = self.out_proj(self.norm(o * F.silu(at_least_float32(z))).to(x.dtype))
+        )  # fmt: skip
+        y = self.read_out(o, inputs[2], z, x.dtype)
         return y, None if conv is None or memory is None else Mamba2State(conv, memory)
+
+    def rule(self, u: Tensor, dt: Tensor) -> tuple[Rule, tuple[Tensor, Tensor, Tensor, Tensor, None, Tensor]]:
+        """The operator for convolved u [B, T, H V + 2 K] and projected dt [B, T, H], as `DeltaMixer.rule` has it."""
+        v, k, q = u.split([self.num_heads * self.value_dim, self.key_dim, self.key_dim], dim=-1)
+        q, k = (t.unsqueeze(2).expand(-1, -1, self.num_heads, -1) for t in (q, k))
+        dt = F.softplus(dt.to(self.delta.dtype) + self.delta).unsqueeze(-1)
+        decay = -self.rate.exp()[:, None] * dt
+        v = v.unflatten(-1, (self.num_heads, self.value_dim))
+        return partial(gated_delta_rule_2, scale=1.0), (q, k, v, decay, None, dt)
+
+    def read_out(self, o: Tensor, v: Tensor, z: Tensor, dtype: torch.dtype) -> Tensor:
+        """The operator's output o and its input v [B, T, H, V], gated by z [B, T, H V], as the mixer's output."""
+        o = (o + self.skip[:, None] * v).flatten(-2)
+        y: Tensor = self.out_proj(self.norm(o * F.silu(at_least_float32(z))).to(dtype))
+        return y

@@ -14,9 +14,13 @@ gradient is the tied one, dL/dbeta = <dL/db, 1> + <dL/dw, 1> (48). Shapes, here 
 v [B, T, HV, V] with HV a multiple of H; value head j uses key head j // (HV // H).
 """
 
+from collections.abc import Callable
+
 from torch import Tensor
 
 from gdn2.ops.api import DTYPES, check, operator
+
+Rule = Callable[..., tuple[Tensor, Tensor | None]]  # of the form of `gated_delta_rule_2`
 
 
 def gated_delta_rule_2(

@@ -1,11 +1,11 @@
 """Context parallelism: each rank has a part of every sequence's tokens, one after another.
 
 What a layer needs of the tokens before its part comes from the ranks before. For convolutions and window attention that
-is a halo: the last inputs of the layer before the part. For the memory of a delta rule it is the state there. A part is
-affine in the state S before it: the state after it is M S + N. So all ranks find their M and N side by side, exchange
-them, and each folds those before its own; then the operator runs from the true state, exactly. Backward the gradient dE
-of the state after a part gives M^T dE + N' before it, with N' what the part's own outputs give: the same fold from the
-last rank to the first. M is what the operator makes of an identity matrix with nothing written.
+is a halo: the last inputs of the layer before the part. For the memory of a linear recurrence it is the state there. A
+part is affine in the state S before it: the state after it is M S + N. So all ranks find their M and N side by side,
+exchange them, and each folds those before its own; then the operator runs from the true state, exactly. Backward the
+gradient dE of the state after a part gives M^T dE + N' before it, with N' what the part's own outputs give: the same
+fold from the last rank to the first. M is what the operator makes of an identity matrix with nothing written.
 
 Layers stay as they are: `share_context` gives each mixer of a model a `forward` that first fetches its state.
 """
@@ -20,8 +20,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gdn2.data import Batch
-from gdn2.layers import SlidingWindowAttention
-from gdn2.layers.delta import DeltaMixer, Rule
+from gdn2.layers import Mamba2, SlidingWindowAttention
+from gdn2.layers.delta import DeltaMixer
+from gdn2.ops.rules import Rule
+from gdn2.ops.short_conv import short_conv
 
 WRITE = 5  # among the inputs of a rule
 
@@ -213,13 +215,12 @@ def affine_map(rule: Rule, inputs: Sequence[Tensor | None], cu_seqlens: Tensor |
 
 
 def share_context(model: nn.Module, context: Context) -> None:
-    """Let the mixers of a model work on a part of each sequence, in place.
-
-    ValueError for a mixer that cannot.
-    """
+    """Let the mixers of a model work on a part of each sequence, in place; `parallel.CONTEXT` names those that can."""
     for module in model.modules():
         if isinstance(module, DeltaMixer):
             module.forward = partial(_delta_forward, module, context)  # type: ignore[method-assign]
+        elif isinstance(module, Mamba2):
+            module.forward = partial(_mamba2_forward, module, context)  # type: ignore[method-assign]
         elif isinstance(module, SlidingWindowAttention):
             module.forward = partial(_attention_forward, module, context)  # type: ignore[method-assign]
 
@@ -236,6 +237,21 @@ def _delta_forward(
     (q, k, v), _ = mixer.convolve(x, (tails[0], tails[1], tails[2]), cu_seqlens, False)
     o = across_ranks(*mixer.rule(q, k, v, x), context, cu_seqlens)
     return mixer.out_proj(mixer.read_out(o, x).flatten(-2)), None
+
+
+def _mamba2_forward(
+    mixer: Mamba2, context: Context, x: Tensor, state: None = None, cu_seqlens: Tensor | None = None,
+    output_state: bool = False,
+) -> tuple[Tensor, None]:  # fmt: skip
+    """`Mamba2.forward` for this rank's tokens."""
+    _check(state, output_state)
+    before = mixer.in_proj(context.halo(x, mixer.conv_width - 1)).split(mixer.widths, dim=-1)[1]
+    others = 0 if cu_seqlens is None else len(cu_seqlens) - 2
+    z, u, dt = mixer.in_proj(x).split(mixer.widths, dim=-1)
+    u, _ = short_conv(u, mixer.conv, F.pad(before, (0, 0, 0, 0, 0, others)), cu_seqlens, False)
+    rule, inputs = mixer.rule(u, dt)
+    o = across_ranks(rule, inputs, context, cu_seqlens)
+    return mixer.read_out(o, inputs[2], z, x.dtype), None
 
 
 def _attention_forward(

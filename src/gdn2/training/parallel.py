@@ -6,7 +6,9 @@ from gdn2.config import DELTA_RULES, RunConfig, require
 from gdn2.model import LanguageModel
 from gdn2.training.distributed import Ranks
 
-SPLIT = (*DELTA_RULES, "linear")  # mixers whose tokens or heads can lie on several ranks
+# Mixers whose heads, and those whose tokens, can lie on several ranks.
+TENSOR = (*DELTA_RULES, "linear")
+CONTEXT = (*TENSOR, "mamba2")
 
 
 def check_parallel(config: RunConfig) -> None:
@@ -14,11 +16,11 @@ def check_parallel(config: RunConfig) -> None:
     parallel, model = config.parallel, config.model
     require(parallel.tensor == 1 or parallel.context == 1, "parallel.context", parallel.context,
             f"1 with parallel.tensor {parallel.tensor}")  # fmt: skip
-    for name in ("tensor", "context"):
+    for name, mixers in (("tensor", TENSOR), ("context", CONTEXT)):
         ranks = getattr(parallel, name)
         if ranks > 1:
-            mixer = model.mixer if "mixer" in model.cell else SPLIT[0]
-            require(mixer in SPLIT, f"parallel.{name}", ranks, f"1 with the mixer {mixer}")
+            known = model.mixer in mixers or "mixer" not in model.cell
+            require(known, f"parallel.{name}", ranks, f"1 with the mixer {model.mixer}")
             require(config.train.sample_every == 0, "train.sample_every", config.train.sample_every,
                     f"0 with parallel.{name} {ranks}")  # fmt: skip
             require(not config.train.compile, "train.compile", config.train.compile,
