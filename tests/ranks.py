@@ -26,7 +26,8 @@ def run(size, script, *arguments):
     """(exit codes of the ranks of ``python SCRIPT ARGUMENTS``, all they print)."""
     global _server
     if _server is None:
-        env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(TESTS)}
+        paths = os.pathsep.join([str(TESTS), *filter(None, [os.environ.get("PYTHONPATH")])])
+        env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": paths}
         env["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"  # a process that has asked CUDA itself must not fork
         if torch.cuda.device_count() == 0:  # NCCL warns of what is meant
             env["PYTHONWARNINGS"] = "error::UserWarning"
