@@ -22,7 +22,7 @@ from tokenizers import Tokenizer as Inner
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from gdn2.data import Tokenizer
-from gdn2.data.prepare import ENDINGS, SplitWriter
+from gdn2.data.parts import SplitWriter
 from gdn2.data.shards import SPLITS, VERSION, Meta, sha256_of
 from gdn2.data.text import STDLIB_EXCLUDED, find_sources
 from gdn2.data.tokenizer import HuggingFaceTokenizer
@@ -119,7 +119,7 @@ def _write(folder: Path, corpus: Corpus) -> dict[str, Any]:
         empty_documents=0,
         sources=sources,
         skipped=[],
-        sha256={f"{name}{end}": sha256_of(folder / f"{name}{end}") for name in SPLITS for end in ENDINGS},
+        sha256={f"{name}{end}": sha256_of(folder / f"{name}{end}") for name in SPLITS for end in (".bin", ".idx.npy")},
     ).write(folder)
     about = {
         "settings": asdict(corpus),
