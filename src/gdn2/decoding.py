@@ -12,7 +12,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gdn2.layers.state import AttentionState, check_memory_dtype, overwrite, state_bytes, with_memory, with_room
+from gdn2.layers.state import (
+    AttentionState,
+    check_memory_dtype,
+    overwrite,
+    state_bytes,
+    wide_memory,
+    with_memory,
+    with_room,
+)
 from gdn2.model import LanguageModel
 
 LEAST_ROOM = 64  # keys; full attention's room grows by a quarter, so that a graph is captured anew only now and then
@@ -50,9 +58,15 @@ class DecodeStep:
             raise ValueError(f"rows is {rows}; expected an integer >= 1")
         self.model, self.rows, self.memory_dtype = model, rows, memory_dtype
         self.device = next(model.parameters()).device
-        self.graph = _graph_here(self.device) if graph is None else graph
+        # Shards are gathered by hooks of a whole forward pass, and only of that.
+        self._sharded = any(hasattr(parameter, "placements") for parameter in model.parameters())
+        self.graph = _graph_here(self.device) and not self._sharded if graph is None else graph
         if self.graph:
             _require_graph(self.device)
+            if self._sharded:
+                raise ValueError(
+                    "graph is True and the model's weights are sharded; expected whole ones, or graph None"
+                )
             model.pack()
         self._full = model.config.window is None and "attention" in model.config.layer_kinds
         self._tokens = torch.zeros(rows, 1, dtype=torch.int64, device=self.device)
@@ -144,7 +158,14 @@ class DecodeStep:
         return self.state
 
     def _step(self) -> None:
-        self.logits = self.model.logits(self.model.step(self._tokens, self.state))
+        if self._sharded:
+            hidden, after = self.model(self._tokens, wide_memory(self.state))
+            for block, new in zip(self.state, after if self.room is None else with_room(after, self.room)):
+                overwrite(block, new)
+            hidden = hidden[:, -1]
+        else:
+            hidden = self.model.step(self._tokens, self.state)
+        self.logits = self.model.logits(hidden)
         self.likeliest = likeliest_tokens(self.logits)
 
     def _capture(self) -> None:

@@ -130,7 +130,8 @@ def _tokens(
                 return
             if made == 0:
                 alike = _alike(states, _shape)
-                graph = None if max_new_tokens >= WORTH_A_GRAPH else False
+                # Training goes on with the weights where they are, and few tokens are not worth a graph.
+                graph = None if max_new_tokens >= WORTH_A_GRAPH and not was_training else False
                 groups = [(rows, _step_from(model, [states[r] for r in rows], graph, memory_dtype)) for rows in alike]
                 del states, hidden
             for rows, step in groups:

@@ -83,6 +83,13 @@ def test_kernel_takes_no_rows_and_inputs_of_several_tiles(monkeypatch):
     assert narrow(x[:0]).shape == (0, 9)
 
 
+def test_gradients_of_the_input_leave_the_kernel(monkeypatch):
+    monkeypatch.setattr(fused, "DEVICES", (DEVICE,))
+    narrow, x = QuantizedLinear(linear(), "int8").to(DEVICE), torch.randn(2, 70, device=DEVICE, requires_grad=True)
+    narrow(x).sum().backward()
+    torch.testing.assert_close(x.grad, narrow.weight.sum(0).expand(2, -1))
+
+
 def test_many_rows_leave_the_kernel(monkeypatch):
     monkeypatch.setattr(fused, "DEVICES", (DEVICE,))
     narrow, x = QuantizedLinear(linear(), "int8").to(DEVICE), torch.randn(40, 70, device=DEVICE)

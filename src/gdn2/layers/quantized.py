@@ -73,7 +73,7 @@ class QuantizedLinear(Float32Parameters):
         return self._multiply(rows).unflatten(0, x.shape[:-1])
 
     def _multiply(self, x: Tensor) -> Tensor:
-        if fused(x):
+        if fused(x) and not (torch.is_grad_enabled() and x.requires_grad):  # the kernel has no gradients
             from gdn2.ops.kernels import matvec
 
             if len(x) <= matvec.MOST_ROWS:

@@ -5,6 +5,7 @@ context, or hangs, ends alone. `selftest` runs them side by side and keeps the v
 what is wrong.
 """
 
+import copy
 import json
 import os
 import subprocess
@@ -13,7 +14,7 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -60,7 +61,7 @@ class Case:
 
 @dataclass(frozen=True)
 class StepCase:
-    """The layer's decoding step."""
+    """The layer's decoding step, and what else a model's step consists of."""
 
     dtype: str
 
@@ -254,7 +255,46 @@ def _step_errors(case: StepCase, device: torch.device) -> tuple[float, float, st
             y, state = layer(x.to(device), state)
         z, wide = exact(x.double(), wide)
         errors[f"y {step}"] = relative(y, z)
-    return _worst(errors)
+    return _worst(errors | _in_place_errors(dtype, device))
+
+
+def _in_place_errors(dtype: torch.dtype, device: torch.device) -> dict[str, float]:
+    """Of what a model's decoding step consists of, each part with weights of `dtype` beside the same in float64."""
+    from gdn2.layers import GatedDeltaNet2, RMSNorm, SlidingWindowAttention, SwiGLU
+    from gdn2.layers.linear import Linear
+    from gdn2.layers.quantized import QuantizedLinear
+
+    def both(part: Any) -> tuple[Any, Any]:
+        return part.to(device, dtype), copy.deepcopy(part).to(CPU).double()
+
+    def held(name: str, call: Callable[[Any, Tensor], Tensor], part: Any, x: Tensor) -> None:
+        narrow, exact = both(part)
+        if hasattr(narrow, "pack"):
+            narrow.pack()
+        errors[name] = relative(call(narrow, x.to(device, dtype)), call(exact, x.to(dtype).double()))
+
+    errors: dict[str, float] = {}
+    torch.manual_seed(0)
+    for name, part in (
+        ("step", GatedDeltaNet2(64, 2, 2, 128, 128)),
+        ("attention", SlidingWindowAttention(256, 2, window=80)),
+    ):
+        narrow, exact = both(part)
+        if isinstance(narrow, GatedDeltaNet2):
+            narrow.pack()
+        drawn = exact.initial_state(3)
+        drawn = type(drawn)(*(torch.randn_like(t) if t.is_floating_point() else t + 100 for t in drawn))
+        own = type(drawn)(*(t.to(like) for t, like in zip(drawn, narrow.initial_state(3))))
+        wide = type(drawn)(*(t.to(like, copy=True) for t, like in zip(own, exact.initial_state(3))))
+        for n, x in enumerate(torch.randn(4, 3, 1, part.d_model)):
+            y, z = narrow.step(x.to(device, dtype), own), exact.step(x.to(dtype).double(), wide)
+            errors[f"{name} {n}"] = relative(y, z)
+    x = torch.randn(3, 1, 256)
+    held("sum and norm", lambda part, x: torch.cat(part.of_sum(x, 2 * x)), RMSNorm(256), x)
+    held("SwiGLU", lambda part, x: part.step(x), SwiGLU(256, 300), x)
+    for kind in ("int8", "fp8"):
+        held(kind, lambda part, x: part(x), QuantizedLinear(Linear(256, 70, bias=False), kind), x)
+    return errors
 
 
 def find(number: int, shared: int, run: Callable[[int], tuple[float, float, str]]) -> Finding:

@@ -11,6 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from gdn2.ops.kernels import verdicts
 from gdn2.ops.kernels.run import run
 
 TILE = 64  # keys of a program
@@ -106,6 +107,7 @@ def attend(
     (N, heads, D), slots = q.shape, keys.shape[1]
     q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
     tiles = triton.cdiv(slots, TILE)
+    verdicts.demand(verdicts.DECODE, q.device)
     part = torch.empty(N, heads, tiles, D + 2, dtype=torch.float32, device=q.device)
     o = torch.empty_like(q)
     HP, DP = triton.next_power_of_2(D // 2), triton.next_power_of_2(D)

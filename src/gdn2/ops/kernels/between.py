@@ -10,6 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from gdn2.ops.kernels import verdicts
 from gdn2.ops.kernels.maths import sigmoid
 from gdn2.ops.kernels.run import run
 
@@ -48,6 +49,7 @@ def add_rms_norm(x: Tensor, added: Tensor, weight: Tensor, eps: float) -> tuple[
     """x + added and its RMSNorm, both in x's dtype; x and added [..., D], weight [D]."""
     D = x.shape[-1]
     x, added = x.contiguous(), added.contiguous()
+    verdicts.demand(verdicts.DECODE, x.device)
     total, y = torch.empty_like(x), torch.empty_like(x)
     run(add_and_normalize, x.numel() // D, (x, added, weight, total, y, eps), (D, triton.next_power_of_2(D)))
     return total, y
@@ -56,6 +58,7 @@ def add_rms_norm(x: Tensor, added: Tensor, weight: Tensor, eps: float) -> tuple[
 def swiglu(both: Tensor) -> Tensor:
     """silu(gate) * up [..., W] of [..., 2 W], the gate first, in the same dtype."""
     W, both = both.shape[-1] // 2, both.contiguous()
+    verdicts.demand(verdicts.DECODE, both.device)
     y = both.new_empty(*both.shape[:-1], W)
     block = min(BLOCK, triton.next_power_of_2(W))
     run(swiglu_product, both.numel() // (2 * W) * triton.cdiv(W, block), (both, y), (W, block))

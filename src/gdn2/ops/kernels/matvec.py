@@ -10,6 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from gdn2.ops.kernels import verdicts
 from gdn2.ops.kernels.run import run
 
 ROWS = 4  # rows of x that share one reading of the weights: each needs a tile of sums in registers
@@ -52,6 +53,7 @@ def multiply(x: Tensor, codes: Tensor, scale: Tensor, bias: Tensor | None = None
     (N, I), O = x.shape, codes.shape[0]
     x = x.contiguous()
     y = x.new_empty(N, O)
+    verdicts.demand(verdicts.DECODE, x.device)
     rows = min(ROWS, triton.next_power_of_2(max(N, 1)))
     run(
         multiply_rows, triton.cdiv(N, rows) * triton.cdiv(O, OUTPUTS),
