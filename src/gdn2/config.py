@@ -266,7 +266,8 @@ class ParallelConfig:
         shards = world // rest if self.shards is None else self.shards
         require(
             rest * shards == world and shards > 0, "the product of parallel.replicas, shards, context and tensor",
-            rest * max(shards, 1), f"the number of processes, {world}",
+            rest * max(shards, 1),
+            f"the number of processes, {world}; parallel.NAME=N on the command line divides a run anew",
         )  # fmt: skip
         return self.replicas, shards, self.context, self.tensor
 

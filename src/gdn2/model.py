@@ -260,8 +260,9 @@ class LanguageModel(nn.Module):
         return self
 
     def num_parameters(self) -> int:
-        """All parameters, each counted once."""
-        return sum(p.numel() for p in self.parameters())
+        """All parameters, each counted once; weights in 8 bits too."""
+        codes = sum(module.codes.numel() for module in self.modules() if isinstance(module, QuantizedLinear))
+        return codes + sum(p.numel() for p in self.parameters())
 
     def num_block_parameters(self) -> int:
         """Parameters of the blocks alone: no embedding, output head or final norm. What presets are named after."""

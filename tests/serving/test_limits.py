@@ -24,7 +24,7 @@ class SlowEngine(Engine):
         return super().step()
 
 
-def until(condition, seconds=20):
+def until(condition, seconds=60):
     """Wait until it holds."""
     end = time.monotonic() + seconds
     while not condition():

@@ -93,6 +93,20 @@ def test_devices_share_out_states_sequences_and_tokens(make_config: MakeConfig) 
     split = share_of_one(make_config(*size, "parallel.context=2", "parallel.shards=2"), 4)
     assert (split.data.seq_len, split.train.micro_batch, split.train.batch_tokens) == (32, 8, 512)
     with pytest.raises(
-        ConfigError, match=r"train\.batch_tokens is 2048; expected a multiple of data\.seq_len for each of 3"
+        ConfigError, match=r"train\.batch_tokens is 2048; expected a multiple of data\.seq_len, 64, for each of 3"
     ):
         plan(config, 3)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (["optim.name=muon"], "optim.name is 'muon'; expected adamw with several processes"),
+        (["parallel.context=2", "train.compile=true"], "train.compile is True; expected false with parallel.context 2"),
+        (["parallel.tensor=2", "train.sample_every=1"], "train.sample_every is 1; expected 0 with parallel.tensor 2"),
+        (["model.mixer=mamba2", "parallel.tensor=2"], "parallel.tensor is 2; expected 1 with the mixer mamba2"),
+    ],
+)
+def test_what_training_would_refuse_is_not_planned(make_config: MakeConfig, settings: list[str], message: str) -> None:
+    with pytest.raises(ConfigError, match=re.escape(message)):
+        plan(make_config(*settings), 2)

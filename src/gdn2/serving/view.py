@@ -9,7 +9,6 @@ from starlette.responses import Response
 
 from gdn2.data.tokenizer import TextStream
 from gdn2.inference import MemoryTrace, Request, TokenTrace, traced_blocks
-from gdn2.layers.state import state_bytes
 from gdn2.serving.errors import RequestError
 from gdn2.serving.schema import WHOLE, Body, Text, TokenId
 from gdn2.serving.service import Service
@@ -39,7 +38,7 @@ def describe(service: Service) -> dict[str, Any]:
     return {
         "model": service.settings.name,
         "parameters": model.num_parameters(),
-        "state_bytes": state_bytes(model.initial_state(1)),
+        "state_bytes": service.worker.state_bytes // service.worker.slots,
         "constant": not (attention and model.config.window is None),
         "blocks": blocks,
         "heads": first.num_value_heads if first else 0,

@@ -11,9 +11,10 @@ TENSOR = (*DELTA_RULES, "linear")
 CONTEXT = (*TENSOR, "mamba2")
 
 
-def check_parallel(config: RunConfig) -> None:
+def check_parallel(config: RunConfig, processes: int) -> None:
     """ConfigError for parallelism that this model or these settings do not allow."""
-    parallel, model = config.parallel, config.model
+    parallel, model, optim = config.parallel, config.model, config.optim
+    require(optim.name == "adamw" or processes == 1, "optim.name", optim.name, "adamw with several processes")
     require(parallel.tensor == 1 or parallel.context == 1, "parallel.context", parallel.context,
             f"1 with parallel.tensor {parallel.tensor}")  # fmt: skip
     for name, mixers in (("tensor", TENSOR), ("context", CONTEXT)):

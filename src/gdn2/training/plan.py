@@ -8,6 +8,7 @@ from gdn2.config import RECOMPUTE, ConfigError, RunConfig, require
 from gdn2.data import Shards
 from gdn2.info import ModelInfo, describe
 from gdn2.training.memory import Memory, estimate
+from gdn2.training.parallel import check_parallel
 from gdn2.training.throughput import mfu
 
 GIB = 2**30
@@ -37,6 +38,7 @@ def plan(config: RunConfig, devices: int = 1) -> Plan:
 
     ConfigError where the configuration does not fit so many.
     """
+    check_parallel(config, devices)
     on_gpu, precision = target(config)
     model = describe(config.model, config.data.seq_len)
     tokens = config.steps * config.train.batch_tokens
@@ -52,10 +54,10 @@ def share_of_one(config: RunConfig, devices: int) -> RunConfig:
     replicas, shards, context, _ = config.parallel.sizes(devices)
     length, train = config.data.seq_len, config.train
     readers = replicas * shards
+    require(length % context == 0, "data.seq_len", length, f"a multiple of parallel.context, {context}")
     require(
-        train.batch_tokens % (length * readers) == 0 and length % context == 0, "train.batch_tokens",
-        train.batch_tokens,
-        f"a multiple of data.seq_len for each of {readers} ranks, and that one of {context} parts",
+        train.batch_tokens % (length * readers) == 0, "train.batch_tokens", train.batch_tokens,
+        f"a multiple of data.seq_len, {length}, for each of {readers} ranks",
     )  # fmt: skip
     sequences = train.batch_tokens // length // readers
     micro_batch = next(n for n in range(min(train.micro_batch, sequences), 0, -1) if sequences % n == 0)

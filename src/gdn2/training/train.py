@@ -90,7 +90,6 @@ def train(config: RunConfig, run_dir: str | Path, resume: bool = False, stream: 
     had a loss or gradient that is not finite (such steps are skipped and counted, the weights stay as they were), or
     when what would be saved is not finite, or when another process of the run is gone.
     """
-    check_parallel(config)
     run_dir = Path(run_dir)
     try:
         with Ranks(config) as ranks, FolderLock(run_dir) if ranks.main else nullcontext() as lock:
@@ -103,9 +102,9 @@ def run(
     config: RunConfig, run_dir: Path, resume: bool, stream: IO[str] | None, ranks: Ranks, left_by: str | None
 ) -> Outcome:
     """`train` as one of `ranks`, which it starts; `left_by` is a process that died while it trained in the folder."""
+    check_parallel(config, ranks.size)
     optim = config.optim
     device, autocast, precision = resolve_device(ranks.on_own_device(config))
-    require(optim.name == "adamw" or ranks.size == 1, "optim.name", optim.name, "adamw with several processes")
     check_logs(config)
     shards = Shards(config.data.path)
     if ranks.local_rank == 0:  # once a machine
