@@ -115,6 +115,7 @@ def _prepare_tile(
         gamma = exp(tl.cumsum(g, 0), DT)
         Q, E = q * gamma, e * gamma
     else:
+        # A_qk takes k in two parts: where keys repeat its rows meet values that cancel, and rounded keys would not.
         early = k * inverse_exp_anew(D, DT)
         high = early.to(DT)
         low = (early - high.to(tl.float32)).to(DT)

@@ -64,23 +64,6 @@ def product(a, b, DT: tl.constexpr, PREC: tl.constexpr):
 
 
 @triton.jit
-def halves(x, DT: tl.constexpr):
-    """x as the sum of two numbers in DT, which leaves 2^-17 of it when that is bfloat16."""
-    high = x.to(DT)
-    return high, (x - high.to(tl.float32)).to(DT)
-
-
-@triton.jit
-def fine_product(a, a_low, b, b_low, DT: tl.constexpr, PREC: tl.constexpr):
-    """(a + a_low) (b + b_low) of `halves`; a b with float32 operands."""
-    total = tl.dot(a, b, input_precision=PREC)
-    if tl.float32 != DT:
-        total = tl.dot(a_low, b, total)
-        total = tl.dot(a, b_low, total)
-    return total
-
-
-@triton.jit
 def add_up(M, x, DT: tl.constexpr, PREC: tl.constexpr):
     """M x, nearly as exact in x as in float32: for an M of 0, 1 and -1 it is cheaper, on tensor cores, than a scan.
 
