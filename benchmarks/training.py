@@ -69,8 +69,8 @@ def measure(args):
     import os
 
     config = configure(args, int(os.environ.get("WORLD_SIZE", "1")))
-    check_parallel(config)
     with Ranks(config) as ranks:
+        check_parallel(config, ranks.size)
         device, autocast, precision = resolve_device(ranks.on_own_device(config))
         ranks.start(device)
         torch.manual_seed(config.seed)
