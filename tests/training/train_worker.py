@@ -13,7 +13,7 @@ import torch
 
 from gdn2.cli import main
 from gdn2.data import TokenBatches
-from gdn2.training import checkpoint
+from gdn2.training import sharded_checkpoint
 
 
 def after(calls, function, action):
@@ -46,5 +46,5 @@ if os.environ["RANK"] == "1":
     if event in EVENTS:
         TokenBatches.__next__ = after(5, TokenBatches.__next__, EVENTS[event])
     if event == "full disk":
-        checkpoint.flush = after(2, checkpoint.flush, full)
+        sharded_checkpoint.flush = after(2, sharded_checkpoint.flush, full)
 main(["train", *arguments])

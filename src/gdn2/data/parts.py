@@ -13,7 +13,7 @@ from typing import IO
 
 import numpy as np
 
-from gdn2.data.shards import DTYPES, SPLITS, SplitMeta, file_names
+from gdn2.data.shards import DTYPES, SPLITS, SplitMeta, file_names, flush
 from gdn2.data.tokenizer import Tokenizer
 
 COPY_BYTES = 16 << 20
@@ -167,15 +167,6 @@ def _write_files(pieces: Iterator[bytes], paths: Sequence[Path], limit: int) -> 
                 file.write(now)
                 rest = rest[len(now) :]
                 room = None if room is None else room - len(now)
-
-
-def flush(path: Path) -> None:
-    """Wait until a file or folder is on disk."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def _falls_into_val(raw: bytes, recipe: Recipe) -> bool:

@@ -15,10 +15,10 @@ from types import MappingProxyType
 from gdn2.data.hub import hub_pieces
 from gdn2.data.lock import NAME as LOCK
 from gdn2.data.lock import FolderLock
-from gdn2.data.parts import Part, Recipe, flush, join, read_part, write_part
+from gdn2.data.parts import Part, Recipe, join, read_part, write_part
 from gdn2.data.pieces import PIECE_BYTES, cut, fingerprint
 from gdn2.data.progress import Progress, Report
-from gdn2.data.shards import SPLITS, VERSION, Meta, sha256_of
+from gdn2.data.shards import SPLITS, VERSION, Meta, flush, sha256_of
 from gdn2.data.text import describe, find_sources
 from gdn2.data.tokenizer import Tokenizer, load_tokenizer
 from gdn2.data.workers import Readable, tokenize, tokenize_all

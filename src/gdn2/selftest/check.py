@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -199,17 +200,23 @@ def _rule_errors(case: Case, lengths: list[int], device: torch.device) -> dict[s
         leaves = {
             n: None if x is None else x.detach().to(where, kind or x.dtype).requires_grad_() for n, x in ours.items()
         }
-        tensors = [x for n, x in leaves.items() if n != "state"]
-        o, state = rule(
-            *tensors,
+        call = partial(
+            rule,
+            *(x for n, x in leaves.items() if n != "state"),
             initial_state=leaves["state"],
             output_final_state=True,
             cu_seqlens=cu_seqlens.to(where),
             backend=backend,
         )
+        o, state = call()
         assert state is not None  # it was asked for
-        results.append(_with_gradients({"o": o, "state": state}, {n: x for n, x in leaves.items() if x is not None}))
-    heads = {"state": 1, "d state": 1, "d rate": 0}
+        found = _with_gradients({"o": o, "state": state}, {n: x for n, x in leaves.items() if x is not None})
+        if backend == "triton":  # kernels of their own where no backward follows
+            with torch.no_grad():
+                o, state = call()
+            assert state is not None
+        results.append(found | {"inference o": o, "inference state": state})
+    heads = {"state": 1, "inference state": 1, "d state": 1, "d rate": 0}
     return {n: relative(x, results[1][n], heads.get(n, 2)) for n, x in results[0].items()}
 
 

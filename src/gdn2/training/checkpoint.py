@@ -15,7 +15,6 @@ older ones as they were; those are deleted only afterwards.
 import base64
 import hashlib
 import json
-import os
 import re
 import shutil
 from pathlib import Path
@@ -28,7 +27,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from gdn2.config import RunConfig, write_config
-from gdn2.data.shards import sha256_of
+from gdn2.data.shards import flush, sha256_of
 from gdn2.data.tokenizer import Tokenizer
 
 
@@ -180,11 +179,3 @@ def _damaged(folder: Path, name: str, reason: str) -> CheckpointError:
     older = [p for p in checkpoints(folder.absolute().parent.parent) if p.name < folder.name]
     way_out = f"remove that folder to go on from {older[-1]}" if older else "there is no older checkpoint"
     return CheckpointError(f"checkpoint {folder} is damaged: {name}: {reason}; {way_out}")
-
-
-def flush(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

@@ -26,7 +26,7 @@ from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceSt
 from torch.distributed.checkpoint.api import CheckpointException
 
 from gdn2.config import RunConfig
-from gdn2.data.shards import sha256_of
+from gdn2.data.shards import flush, sha256_of
 from gdn2.data.tokenizer import Tokenizer
 from gdn2.training import checkpoint
 from gdn2.training.checkpoint import CheckpointError
@@ -71,7 +71,7 @@ class ShardedCheckpoints:
                 dcp.save(tensors, storage_writer=writer, process_group=self._group)
             for path in (temporary / "optimizer").iterdir():
                 if _rank_of(path) == self._ranks.rank:
-                    checkpoint.flush(path)
+                    flush(path)
                     sha256[str(path.relative_to(temporary))] = sha256_of(path)
         except CheckpointException as failure:  # on every rank
             error = str(_first(failure))
@@ -85,7 +85,7 @@ class ShardedCheckpoints:
             if failed is not None:
                 raise OSError(failed)
             _join_shares(temporary / "model", weights)
-            checkpoint.flush(temporary / "optimizer")
+            flush(temporary / "optimizer")
             everyone = {name: digest for _, some in reports for name, digest in some.items()}
             checkpoint.finish(temporary, trainer, self._config, self._tokenizer, everyone)
             checkpoint.delete_old(self._run_dir, self._config)

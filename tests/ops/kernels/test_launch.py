@@ -147,8 +147,11 @@ def test_no_tokens_leave_the_state_as_it_was():
     assert torch.equal(d_state, torch.ones_like(d_state))
 
 
-def test_inference_gives_what_training_gives():
-    x = on_device(draw(B=1, T=36, H=1, K=16, V=16), torch.float32, grad=False)
+@pytest.mark.parametrize("missing", ["", "log_decay", "erase", "write"])
+def test_inference_gives_what_training_gives(missing):
+    x = on_device(draw(B=1, T=36, H=1, HV=2, K=16, V=24), torch.float32, grad=False)
+    if missing:
+        setattr(x, missing, None)
     args = (x.q, x.k, x.v, x.log_decay, x.erase, x.write, 0.25, x.initial_state, None, True)
     o, state, residuals = launch.forward(*args, True)
     o_, state_, nothing = launch.forward(*args, False)
@@ -228,6 +231,22 @@ def test_gpu_matches_recurrent_without(missing, dtype):
     operands = draw(B=2, T=150, H=2, HV=4, K=64, V=128)
     setattr(operands, missing, None)
     held_to_reference(operands, dtype)
+
+
+@needs_gpu
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", BOUNDS)
+@pytest.mark.parametrize("lengths", [[200], [100, 0, 3, 97]], ids=str)
+@pytest.mark.parametrize(("HV", "K", "V"), [(2, 64, 64), (4, 60, 100), (2, 128, 128), (2, 256, 256)])
+def test_gpu_inference_matches_recurrent(HV, K, V, lengths, dtype):
+    drawn = draw(B=1, T=200, H=2, HV=HV, K=K, V=V, N=len(lengths))
+    x, cu_seqlens = on_device(drawn, dtype, grad=False), torch.tensor([0, *lengths]).cumsum(0)
+    o, state = x.call(by_kernels, cu_seqlens=cu_seqlens)
+    rounded = drawn.to(torch.float64, grad=False)
+    for name, tensor in x.tensors().items():
+        setattr(rounded, name, tensor.double().cpu())
+    expected = rounded.call(gated_delta_rule_2, backend="reference", cu_seqlens=cu_seqlens)
+    assert_close({"o": o, "state": state}, dict(zip(("o", "state"), expected)), BOUNDS[dtype][0])
 
 
 @needs_gpu
