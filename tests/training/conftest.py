@@ -1,5 +1,5 @@
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from gdn2.config import RunConfig, load_run
-from gdn2.data import prepare
+from gdn2.data import TokenBatches, prepare
 from gdn2.presets import preset
 
 
@@ -52,3 +52,24 @@ def rows_of() -> Callable[[Path], list[dict[str, Any]]]:
         return [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
 
     return read
+
+
+@pytest.fixture
+def on_batch(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[int, Callable[[], None]], None]]:
+    """Call something when the n-th micro-batch is drawn."""
+    plain = TokenBatches.__next__
+
+    def register(number: int, action: Callable[[], None]) -> None:
+        drawn = 0
+
+        def draw(self: TokenBatches) -> Any:
+            nonlocal drawn
+            drawn += 1
+            if drawn == number:
+                action()
+            return plain(self)
+
+        monkeypatch.setattr(TokenBatches, "__next__", draw)
+
+    yield register
+    monkeypatch.setattr(TokenBatches, "__next__", plain)
