@@ -23,6 +23,7 @@ import shutil
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -68,7 +69,7 @@ SIZES = {
     "full": Size(
         corpus=Corpus(
             packages=("torch", "sympy"), text_bytes=48_000_000, val_share=0.03, vocab_size=4_096, row=1_024,
-            per_row=(1, 2, 3, 6), needle_share=0.25, recall_share=0.05,
+            per_row=(1, 2, 3, 6, 6), needle_share=0.3, recall_share=0.05,
             lengths=(1_024, 2_048, 4_096, 8_192), samples=50,
         ),
         preset="10m",
@@ -76,7 +77,7 @@ SIZES = {
         seeds=3,
         optim=OptimConfig(warmup_tokens=2_000_000),
         train=TrainConfig(
-            tokens=60_000_000, batch_tokens=32_768, micro_batch=32, eval_every=0, eval_tokens=262_144, log_every=50,
+            tokens=30_000_000, batch_tokens=8_192, micro_batch=8, eval_every=0, eval_tokens=262_144, log_every=50,
             checkpoint_every=0,
         ),
     ),
@@ -266,7 +267,9 @@ def main(arguments: list[str] | None = None) -> None:
         out.parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(data / FILES, out.with_suffix(".files.txt"))
     settings = list(grid(size, kinds, mixers, about))
-    measured = rows.work(settings, out, options, lambda setting: measure(setting, data, runs, options.device), describe)
+    measured = rows.work(
+        settings, out, options, partial(measure, data=data, runs=runs, device=options.device), describe
+    )
     if not options.dry_run:
         rows.show(language_tables(language_entries(measured)))
 

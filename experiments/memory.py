@@ -17,6 +17,7 @@ import hashlib
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from itertools import product
 from pathlib import Path
 
@@ -145,7 +146,7 @@ def main(arguments: list[str] | None = None) -> None:
     rows.check_names(parser, mixers, MIXERS)
     out = options.out or Path(__file__).parent / "results" / f"memory-{options.size}.jsonl"
     settings = list(grid(size, tasks, mixers))
-    measured = rows.work(settings, out, options, lambda setting: measure(setting, size, options.device), describe)
+    measured = rows.work(settings, out, options, partial(measure, size=size, device=options.device), describe)
     if not options.dry_run:
         rows.show(memory_tables(memory_entries(measured)))
 

@@ -5,7 +5,10 @@ import hashlib
 import json
 import subprocess
 import time
-from collections.abc import Callable, Collection, Sequence
+from collections import deque
+from collections.abc import Callable, Collection, Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -70,6 +73,7 @@ def add_options(parser: argparse.ArgumentParser, sizes: Collection[str], experim
         default=float("inf"),
         help="no row but the first is begun that would not end within it, if it takes as long as the longest so far",
     )
+    parser.add_argument("--jobs", type=int, default=1, help="rows measured at once, each in a process of its own")
     parser.add_argument("--seeds", type=int, help="else the size's")
     parser.add_argument("--dry-run", action="store_true", help="count the rows, measured and missing")
     parser.add_argument("--summary", action="store_true", help="show the rows there are, measure none")
@@ -95,6 +99,29 @@ def numbers(parser: argparse.ArgumentParser, option: str, text: str) -> tuple[fl
     return tuple(found)
 
 
+class Budget:
+    """Whether another row may begin: the first always, another if it would end in time taking as long as the longest."""
+
+    def __init__(self, seconds: float) -> None:
+        self.seconds = seconds
+        self.began = time.perf_counter()
+        self.longest = 0.0
+
+    def spent(self) -> float:
+        return time.perf_counter() - self.began
+
+    def allows(self, left: int) -> bool:
+        """Says so where it does not, with how many rows are left."""
+        if self.longest == 0 or self.spent() + self.longest <= self.seconds:
+            return True
+        print(f"budget of {self.seconds:.0f} s nearly spent; the same command goes on with {left} rows", flush=True)
+        return False
+
+    def ended(self, began: float) -> None:
+        """A row that began when this much was spent has ended."""
+        self.longest = max(self.longest, self.spent() - began)
+
+
 def work(
     settings: Sequence[Row],
     out: Path,
@@ -104,36 +131,49 @@ def work(
 ) -> list[Row]:
     """Measure the settings whose rows are not in `out`, in order, as far as the options say; the rows there are then.
 
-    Each is appended as soon as it is there, with the code and the machine that measured it.
+    Each is appended as soon as it is there, with the code and the machine that measured it. `measure` is pickled where
+    there are several jobs.
     """
     wanted = {key_of(setting): setting for setting in settings}
     measured = read(out)
     missing = [setting for key, setting in wanted.items() if key not in measured]
     print(f"{len(wanted)} rows, {len(missing)} missing in {out}", flush=True)
     if not (options.dry_run or options.summary):
-        _measure_all(missing, out, options, measure, describe)
+        about = {"code": code(), **machine(options.device), "jobs": options.jobs}
+        budget = Budget(options.budget_seconds)
+        found = (
+            _in_turn(missing, measure, budget)
+            if options.jobs == 1
+            else _side_by_side(missing, measure, budget, options.jobs)
+        )
+        for number, row in enumerate(found, 1):
+            append(out, row | about)
+            print(f"[{number}/{len(missing)}, {budget.spent():.0f} s] {describe(row)}", flush=True)
         measured = read(out)
     return [measured[key] for key in wanted if key in measured]
 
 
-def _measure_all(
-    settings: Sequence[Row],
-    out: Path,
-    options: argparse.Namespace,
-    measure: Callable[[Row], Row],
-    describe: Callable[[Row], str],
-) -> None:
-    about = {"code": code(), **machine(options.device)}
-    began = time.perf_counter()
-    longest = 0.0
-    for number, setting in enumerate(settings, 1):
-        spent = time.perf_counter() - began
-        if number > 1 and spent + longest > options.budget_seconds:
-            left = len(settings) - number + 1
-            print(f"budget of {options.budget_seconds:.0f} s nearly spent; the same command goes on with {left} rows")
+def _in_turn(settings: Sequence[Row], measure: Callable[[Row], Row], budget: Budget) -> Iterator[Row]:
+    for number, setting in enumerate(settings):
+        if not budget.allows(len(settings) - number):
             return
-        row = measure(setting) | about
-        append(out, row)
-        ended = time.perf_counter() - began
-        longest = max(longest, ended - spent)
-        print(f"[{number}/{len(settings)}, {ended:.0f} s] {describe(row)}", flush=True)
+        began = budget.spent()
+        row = measure(setting)
+        budget.ended(began)
+        yield row
+
+
+def _side_by_side(settings: Sequence[Row], measure: Callable[[Row], Row], budget: Budget, jobs: int) -> Iterator[Row]:
+    """Rows as they end, each measured in one of `jobs` processes of one thread each."""
+    ahead = deque(settings)
+    with ProcessPoolExecutor(jobs, get_context("spawn"), torch.set_num_threads, (1,)) as pool:
+        running: dict[Future[Row], float] = {}
+        while ahead or running:
+            while ahead and len(running) < jobs:
+                if not budget.allows(len(ahead)):
+                    ahead.clear()
+                    break
+                running[pool.submit(measure, ahead.popleft())] = budget.spent()
+            for future in wait(running, return_when=FIRST_COMPLETED).done:
+                budget.ended(running.pop(future))
+                yield future.result()

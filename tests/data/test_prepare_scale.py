@@ -102,16 +102,20 @@ def prepare_in_child(out: Path, tree: Path, **options: Any) -> int:
 
 
 def test_kills_at_random_moments_change_nothing(tree: Path, whole: Path, tmp_path: Path) -> None:
-    """Many short lives: whatever each was doing, reading, writing a part or joining them, the next goes on."""
+    """Many short lives: whatever each was doing, reading, writing a part or joining them, the next goes on.
+
+    Each may last a little longer than the one before, so that a slow machine comes to an end too.
+    """
     rng, killed, lives, kept = random.Random(1), 0, 0, 0
     began = time.perf_counter()
     os.waitpid(prepare_in_child(tmp_path / "timed", tree, piece_bytes=2_000, shard_tokens=10_000), 0)
     life = time.perf_counter() - began
     for number in range(4):
-        out = tmp_path / f"out{number}"
+        out, longest = tmp_path / f"out{number}", 0.5 * life
         while not out.exists():
             pid = prepare_in_child(out, tree, piece_bytes=2_000, shard_tokens=10_000)
-            time.sleep(life * rng.uniform(0.02, 0.5))
+            time.sleep(longest * rng.uniform(0.04, 1.0))
+            longest *= 1.05
             os.kill(pid, signal.SIGKILL)
             killed += os.WIFSIGNALED(os.waitpid(pid, 0)[1])
             lives += 1
