@@ -27,9 +27,12 @@ DECODE_BATCHES = (1, 8, 64, 256)
 CALLS = 10
 
 
-def median_ms(call, warm=3, rounds=9, calls=CALLS):
-    for _ in range(warm):
+def median_ms(call, warm=0.3, rounds=9, calls=CALLS):
+    """Of a call, after `warm` seconds of it: the GPU's clock takes a while to rise."""
+    began = time.perf_counter()
+    while time.perf_counter() - began < warm:
         call()
+        torch.cuda.synchronize()
     times = []
     for _ in range(rounds):
         torch.cuda.synchronize()

@@ -31,7 +31,7 @@ def tables_of(found: list[dict[str, Any]]) -> list[Table]:
 
 def about(found: list[dict[str, Any]]) -> str:
     """How many rows, what they cost, on what, with which code and text."""
-    minutes = sum(row["seconds"] for row in found) / 60
+    minutes = sum(row["seconds"] / row.get("jobs", 1) for row in found) / 60  # jobs take turns on one device
     lines = [f"{len(found)} rows, {minutes:.1f} minutes of {_counted(row['device'] for row in found)}."]
     lines.append(f"torch {_counted(row['torch'] for row in found)};")
     lines.append(f"sources of gdn2 {_counted(row['code']['source_sha256'][:12] for row in found)}.")

@@ -100,7 +100,7 @@ def numbers(parser: argparse.ArgumentParser, option: str, text: str) -> tuple[fl
 
 
 class Budget:
-    """Whether another row may begin: the first always, another if it would end in time taking as long as the longest."""
+    """Whether another row may begin: the first ones, and those that would end in time if as long as the longest."""
 
     def __init__(self, seconds: float) -> None:
         self.seconds = seconds

@@ -152,7 +152,7 @@ def test_grid_matches_parameters_and_memory_and_keeps_mixers_innermost(text):
     assert len({rows.key_of(s) for s in settings}) == len(settings)
     for setting in settings:
         config = json.loads(json.dumps(setting))["config"]
-        assert config["train"]["tokens"] == 60_000_000
+        assert config["train"]["tokens"] == 30_000_000
     sizes = {}
     for name in names:
         for kind in ("recurrent", "hybrid"):

@@ -17,7 +17,7 @@ def test_memory_rates_are_chosen_by_validation_and_test_questions_shown(experime
     assert table.heads == ("mixer", "4", "8", "seeds", "lr")
     assert table.rows[0] == ("gdn2", "80.0 ± 14.1", "25.0 ± 0.0", "2", "0.01")
     assert "| gdn2 | 80.0 ± 14.1 | 25.0 ± 0.0 | 2 | 0.01 |" in table.markdown()
-    assert differences.rows == (("mqar, 1 x 16 x 16: kda", "+0.0 ± 0.0", "2"),)
+    assert differences.rows == (("mqar, memory 1 x 16 x 16 a layer, 2,000 steps of 64: kda", "+0.0 ± 0.0", "2"),)
 
 
 def test_a_rate_that_a_seed_lacks_is_not_compared():

@@ -61,10 +61,10 @@ def failures(rows: Sequence[Row]) -> list[str]:
 
 
 def memory_entries(rows: Sequence[Row]) -> list[Entry]:
-    """Of the experiment "memory", by task and memory."""
+    """Of the experiment "memory", by task, memory, steps of training and sequences a step."""
     return entries_of(
         rows,
-        lambda row: (row["task"], tuple(row["memory"])),
+        lambda row: (row["task"], tuple(row["memory"]), row["run"]["steps"], row["run"]["batch"]),
         lambda row: -fmean(answer["accuracy"] for answer in row["validation"]),
     )
 
@@ -113,11 +113,10 @@ def memory_tables(entries: Sequence[Entry]) -> list[Table]:
     for group in dict.fromkeys(entry.group for entry in entries):
         mine = [(entry, accuracies(entry)) for entry in entries if entry.group == group]
         mine.sort(key=lambda pair: -fmean(map(fmean, pair[1].values())))
-        task, memory = group
         loads = list(mine[0][1])
         tables.append(
             Table(
-                f"{task}, memory {' x '.join(map(str, memory))} a layer, accuracy in percent by load",
+                f"{memory_title(group)}: accuracy in percent by load",
                 ("mixer", *map(str, loads), "seeds", "lr"),
                 tuple(
                     (entry.mixer, *(mean_and_deviation(by_load[load], 1) for load in loads), *training(entry))
@@ -129,8 +128,14 @@ def memory_tables(entries: Sequence[Entry]) -> list[Table]:
         "Percent right of Gated DeltaNet-2 less that of each mixer, mean over loads",
         [("difference", lambda row: 100 * fmean(answer["accuracy"] for answer in row["by_load"]), 1)],
         entries,
-        lambda entry: f"{entry.group[0]}, {' x '.join(map(str, entry.group[1]))}: {entry.mixer}",
+        lambda entry: f"{memory_title(entry.group)}: {entry.mixer}",
     )
+
+
+def memory_title(group: tuple[Any, ...]) -> str:
+    """What the group of a memory entry is called."""
+    task, memory, steps, batch = group
+    return f"{task}, memory {' x '.join(map(str, memory))} a layer, {steps:,} steps of {batch}"
 
 
 def language_tables(entries: Sequence[Entry]) -> list[Table]:

@@ -82,10 +82,9 @@ def _experiments(rows: dict[str, dict[str, Any]], number: "count[int]") -> list[
         entries = experiments.memory_entries(list(rows["memory"].values()))
         charts = []
         for group in dict.fromkeys(entry.group for entry in entries):
-            task, memory = group
             mine = [(entry, experiments.accuracies(entry)) for entry in entries if entry.group == group]
             series = [Series(e.mixer, [(load, fmean(seeds)) for load, seeds in by.items()]) for e, by in mine]
-            name = f"{task}, memory {' x '.join(map(str, memory))}"
+            name = experiments.memory_title(group)
             charts.append(figure(name, accuracy(name, series)))
         tables = [table(t, number) for t in experiments.memory_tables(entries)]
         sections.append(("memory-tasks", "Experiment: memory", "\n".join([grid(charts), *tables])))

@@ -18,6 +18,7 @@ def main() -> None:
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
+    from triton.tools.tensor_descriptor import TensorDescriptor
 
     from gdn2.ops.kernels import conv, decode, launch, norm
 
@@ -27,8 +28,13 @@ def main() -> None:
     }  # fmt: skip
     done = set()
 
+    def kind_of(x):
+        if isinstance(x, TensorDescriptor):
+            return f"tensordesc<{kinds[x.base.dtype][1:]}[{', '.join(map(str, x.block_shape))}]>"
+        return kinds[x.dtype if isinstance(x, torch.Tensor) else type(x)]
+
     def compile_only(kernel, programs, args, constants, warps=4, stages=1):
-        given = [kinds[x.dtype if isinstance(x, torch.Tensor) else type(x)] for x in args]
+        given = [kind_of(x) for x in args]
         signature = dict(zip(kernel.arg_names, given + ["constexpr"] * len(constants), strict=True))
         values = {name: x for name, x in zip(kernel.arg_names, (*args, *constants)) if signature[name] == "constexpr"}
         source = ASTSource(fn=kernel, signature=signature, constexprs=values)
@@ -54,7 +60,10 @@ def main() -> None:
     activation = launch.Activation(torch.zeros(H), torch.zeros(keys), 1.0, 1.0)
     o, _, kept = launch.forward(*operands, 1.0, None, None, True, True, activation)
     launch.backward(o, None, *operands, 1.0, None, None, kept, activation, o)
-    launch.segment_length = lambda config, M, N, s: 1
+    # Heads of whole tiles come through descriptors.
+    launch.segment_length, launch.descriptors = lambda config, M, N, s: 1, lambda device: True
+    by_key, by_value = torch.zeros(1, T, H, 64, dtype=torch.bfloat16), torch.zeros(1, T, HV, 128, dtype=torch.bfloat16)
+    operands = by_key, by_key, by_value, by_key.float(), by_key, by_value
     o, _, kept = launch.forward(*operands, 1.0, None, None, True, True)
     launch.backward(o, None, *operands, 1.0, None, None, kept)
     o, gate, scale = leaf(T, V), leaf(T, V), leaf(V, dtype=torch.float32)

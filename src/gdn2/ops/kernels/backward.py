@@ -41,6 +41,7 @@ from gdn2.ops.kernels.tiles import (
     offsets,
     product,
     same_block,
+    scratch_tile,
     store_token_tile,
     token_tile,
 )
@@ -63,7 +64,8 @@ def scan_back(
     sequence, value_head = tl.program_id(0) // (PARTS * HV), tl.program_id(0) // PARTS % HV
     head = value_head // (HV // H)
     rows, keys = tl.arange(0, C), tl.arange(0, KP)
-    cols = (tl.program_id(0) % PARTS) * BV + tl.arange(0, BV)
+    first_value = (tl.program_id(0) % PARTS) * BV
+    cols = first_value + tl.arange(0, BV)
     first_state, state = (sequence.to(tl.int64) * HV + value_head) * K * V, offsets(keys, cols, V)
     inside = (keys[:, None] < K) & (cols[None, :] < V)
     start, end = tl.load(start_ptr + sequence), tl.load(start_ptr + sequence + 1)
@@ -82,7 +84,7 @@ def scan_back(
         A_out = tl.load((A_out_ptr + key_unit * C * C) + square)
         K_out = tl.load((K_out_ptr + key_unit * C * KP) + by_key)
         gamma = tl.load(gamma_ptr + key_unit * KP + keys)
-        do = token_tile(do_ptr, token, rows, end - token, value_head, HV, V, cols).to(DT)
+        do = token_tile(do_ptr, token, rows, end - token, value_head, HV, V, first_value, BV).to(DT)
         after = tl.load(after_ptr + key_unit * KP + keys)
         tl.store((dS_ptr + value_unit * KP * VP) + by_state, (dS * after[:, None]).to(DT))
         dS_low = dS.to(DT)
@@ -129,7 +131,7 @@ def value_gradients(
             cols = first + tl.arange(0, BV)
             value_unit = chunk.to(tl.int64) * HV + value_head
             tile = offsets(rows, cols, VP)
-            do = token_tile(do_ptr, token, rows, n, value_head, HV, V, cols).to(DT)
+            do = token_tile(do_ptr, token, rows, n, value_head, HV, V, first, BV).to(DT)
             X = tl.load((X_ptr + value_unit * C * VP) + tile)
             dA_qk = tl.dot(do, tl.trans(X), dA_qk, input_precision=PREC)
             dZ = tl.load((dZ_ptr + value_unit * C * VP) + tile)
@@ -137,15 +139,15 @@ def value_gradients(
                 minus_dT = tl.dot(dZ, tl.trans(X), minus_dT, input_precision=PREC)
             dZ = dZ.to(tl.float32)
             if ACT:
-                o = token_tile(o_ptr, token, rows, n, value_head, HV, V, cols)
+                o = token_tile(o_ptr, token, rows, n, value_head, HV, V, first, BV)
                 along_q += tl.sum(o * do.to(tl.float32), 1)
                 if not ERASE:
                     along_k += tl.sum(X.to(tl.float32) * dZ, 1)
             if DW == 0 and not (ACT and ERASE):
                 store_token_tile(dv_ptr, dZ, token, rows, n, value_head, HV, V, cols)
             else:
-                v = token_tile(v_ptr, token, rows, n, value_head, HV, V, cols)
-                w = gate_tile(w_ptr, token, rows, n, value_head, HV, DW, cols, 1.0)
+                v = token_tile(v_ptr, token, rows, n, value_head, HV, V, first, BV)
+                w = gate_tile(w_ptr, token, rows, n, value_head, HV, DW, first, BV, 1.0)
                 w = opened(w, largest_write, DT, ACT and DW != 0)
                 store_token_tile(dv_ptr, dZ * w, token, rows, n, value_head, HV, V, cols)
                 dw = dZ * v
@@ -213,52 +215,53 @@ def _strong_pair_gradients(
 
 @triton.jit
 def _times_state(
-    total, rows_ptr, state_ptr, chunk, head, keys, rows, n, token,
+    total, rows_ptr, state_ptr, chunk, head, first_key, rows, n, token,
     HV: tl.constexpr, GROUP: tl.constexpr, V: tl.constexpr, KP: tl.constexpr, VP: tl.constexpr,
-    C: tl.constexpr, BV: tl.constexpr, DT: tl.constexpr, PREC: tl.constexpr, BY_TOKEN: tl.constexpr,
+    C: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, STAGES: tl.constexpr, DT: tl.constexpr, PREC: tl.constexpr,
+    BY_TOKEN: tl.constexpr,
 ):  # fmt: skip
     """Adds rows state^T [C, BK], summed over the value heads of a key head, to `total`.
 
     BY_TOKEN says whether the rows lie in a [tokens, HV, V] tensor or in chunk-major scratch.
     """
-    for part in tl.range(0, GROUP * (VP // BV)):
+    for part in tl.range(0, GROUP * (VP // BV), num_stages=STAGES):
         value_head = head * GROUP + part // (VP // BV)
-        cols = (part % (VP // BV)) * BV + tl.arange(0, BV)
+        first = (part % (VP // BV)) * BV
         unit = chunk.to(tl.int64) * HV + value_head
-        state = tl.load((state_ptr + unit * KP * VP) + offsets(keys, cols, VP))
+        state = scratch_tile(state_ptr, unit, KP, VP, first_key, BK, first, BV)
         if BY_TOKEN:
-            left = token_tile(rows_ptr, token, rows, n, value_head, HV, V, cols).to(DT)
+            left = token_tile(rows_ptr, token, rows, n, value_head, HV, V, first, BV).to(DT)
         else:
-            left = tl.load((rows_ptr + unit * C * VP) + offsets(rows, cols, VP))
+            left = scratch_tile(rows_ptr, unit, C, VP, 0, C, first, BV)
         total = tl.dot(left, tl.trans(state), total, input_precision=PREC)
     return total
 
 
 @triton.jit
 def _state_overlap(
-    S_ptr, dS_ptr, chunk, head, keys,
-    HV: tl.constexpr, GROUP: tl.constexpr, KP: tl.constexpr, VP: tl.constexpr, BV: tl.constexpr,
+    S_ptr, dS_ptr, chunk, head, first_key,
+    HV: tl.constexpr, GROUP: tl.constexpr, KP: tl.constexpr, VP: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
+    STAGES: tl.constexpr,
 ):  # fmt: skip
     """rowsum(S * dS') [BK] over the value heads of a key head (60)."""
-    total = tl.zeros((keys.shape[0],), tl.float32)
-    for part in tl.range(0, GROUP * (VP // BV)):
-        value_head = head * GROUP + part // (VP // BV)
-        cols = (part % (VP // BV)) * BV + tl.arange(0, BV)
-        first, tile = (chunk.to(tl.int64) * HV + value_head) * KP * VP, offsets(keys, cols, VP)
-        S, dS = tl.load((S_ptr + first) + tile), tl.load((dS_ptr + first) + tile)
+    total = tl.zeros((BK,), tl.float32)
+    for part in tl.range(0, GROUP * (VP // BV), num_stages=STAGES):
+        unit, first = chunk.to(tl.int64) * HV + head * GROUP + part // (VP // BV), (part % (VP // BV)) * BV
+        S = scratch_tile(S_ptr, unit, KP, VP, first_key, BK, first, BV)
+        dS = scratch_tile(dS_ptr, unit, KP, VP, first_key, BK, first, BV)
         total += tl.sum(S.to(tl.float32) * dS.to(tl.float32), 1)
     return total
 
 
 @triton.jit
 def key_gradients(
-    q_ptr, k_ptr, g_ptr, b_ptr, rate_ptr, delta_ptr, do_ptr, dZ_ptr, X_ptr, A_ptr, S_ptr, dS_ptr, dA_qk_ptr,
-    diagonal_ptr, minus_dT_ptr, along_q_ptr, along_k_ptr,
+    q_ptr, k_ptr, g_ptr, b_ptr, do_ptr, dZ_ptr, X_ptr, S_ptr, dS_ptr, A_ptr, rate_ptr, delta_ptr,
+    dA_qk_ptr, diagonal_ptr, minus_dT_ptr, along_q_ptr, along_k_ptr,
     dq_ptr, dk_ptr, dg_ptr, db_ptr, drate_ptr, ddelta_ptr,
     token_ptr, length_ptr, strong_ptr, scale, largest_erase, eps,
     H: tl.constexpr, HV: tl.constexpr, K: tl.constexpr, V: tl.constexpr, KP: tl.constexpr, VP: tl.constexpr,
     DG: tl.constexpr, DB: tl.constexpr,
-    C: tl.constexpr, LOG_C: tl.constexpr, SPAN: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
+    C: tl.constexpr, LOG_C: tl.constexpr, SPAN: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, STAGES: tl.constexpr,
     RANGE: tl.constexpr, DT: tl.constexpr, PREC: tl.constexpr, ACT: tl.constexpr, STRONG: tl.constexpr,
 ):  # fmt: skip
     """One chunk of SPAN channels of one key head, summed over its value heads: dq, dk, d log-decay and d erase.
@@ -291,27 +294,28 @@ def key_gradients(
     db_shared = tl.zeros((C,), tl.float32)
     drate = 0.0
     for block in tl.range(SPAN // BK):
-        keys = part * SPAN + block * BK + tl.arange(0, BK)
+        first = part * SPAN + block * BK
+        keys = first + tl.arange(0, BK)
         # dk, de and dq come one after the other, and what they share is loaded and computed again for each: few tiles
         # are alive at once.
-        g = decay_tile(g_ptr, rate_ptr, delta_ptr, token, rows, n, head, H, K, DG, keys, DT, ACT)
+        g = decay_tile(g_ptr, rate_ptr, delta_ptr, token, rows, n, head, H, K, DG, first, BK, DT, ACT)
         decayed = tl.zeros((BK,), tl.float32)
         if DG != 0:
-            decayed = _state_overlap(S_ptr, dS_ptr, chunk, head, keys, HV, GROUP, KP, VP, BV)
+            decayed = _state_overlap(S_ptr, dS_ptr, chunk, head, first, HV, GROUP, KP, VP, BK, BV, STAGES)
         if STRONG:
-            g_next = decay_tile(g_ptr, rate_ptr, delta_ptr, token, rows + 1, n, head, H, K, DG, keys, DT, ACT)
+            g_next = decay_tile(g_ptr, rate_ptr, delta_ptr, token, rows + 1, n, head, H, K, DG, first, BK, DT, ACT)
             late_sum, early_sum = tl.cumsum(g, 0), tl.cumsum(g_next, 0, reverse=True)
             decayed *= exp(tl.sum(g, 0), DT)
         else:
             late_sum = add_up(from_middle(rows, C), g, DT, PREC)
             late_sum = settled(late_sum)
 
-        k = token_tile(k_ptr, token, rows, n, head, H, K, keys) * shorter_k
-        q = token_tile(q_ptr, token, rows, n, head, H, K, keys) * (shorter_q * scale)
+        k = token_tile(k_ptr, token, rows, n, head, H, K, first, BK) * shorter_k
+        q = token_tile(q_ptr, token, rows, n, head, H, K, first, BK) * (shorter_q * scale)
         dA_qk = tl.load(dA_qk_ptr + square)
         dk = _times_state(
-            tl.zeros((C, BK), tl.float32), X_ptr, dS_ptr, chunk, head, keys, rows, n, token,
-            HV, GROUP, V, KP, VP, C, BV, DT, PREC, False,
+            tl.zeros((C, BK), tl.float32), X_ptr, dS_ptr, chunk, head, first, rows, n, token,
+            HV, GROUP, V, KP, VP, C, BK, BV, STAGES, DT, PREC, False,
         )  # fmt: skip
         if ERASE:
             dk = product(tl.load((A_ptr + unit * C * C) + square), dk, DT, PREC)
@@ -320,7 +324,7 @@ def key_gradients(
         if STRONG:
             e, minus_dT = k, dA_qk
             if ERASE:
-                b = opened(gate_tile(b_ptr, token, rows, n, head, H, DB, keys, 0.0), largest_erase, DT, ACT)
+                b = opened(gate_tile(b_ptr, token, rows, n, head, H, DB, first, BK, 0.0), largest_erase, DT, ACT)
                 e, minus_dT = k * b, tl.load(minus_dT_ptr + square)
             near_q, near_e, near_k = _strong_pair_gradients(
                 q, e, k, dA_qk, minus_dT, g, g_next, rows, LOG_C, ERASE, RANGE, DT, PREC
@@ -330,7 +334,7 @@ def key_gradients(
             late = exp_anew(late_sum, DT)
             dk = tl.dot(tl.trans(dA_qk), (q * late).to(DT), dk, input_precision=PREC)
             if ERASE:
-                b = opened(gate_tile(b_ptr, token, rows, n, head, H, DB, keys, 0.0), largest_erase, DT, ACT)
+                b = opened(gate_tile(b_ptr, token, rows, n, head, H, DB, first, BK, 0.0), largest_erase, DT, ACT)
                 minus_dT = tl.load(minus_dT_ptr + square)
                 dk = tl.dot(tl.trans(minus_dT), (-(k * b) * late).to(DT), dk, input_precision=PREC)
             dk *= inverse_exp_anew(late_sum, DT)
@@ -339,18 +343,18 @@ def key_gradients(
         tl.debug_barrier()  # loads before and after it are not merged
 
         if ERASE:
-            k = token_tile(k_ptr, token, rows, n, head, H, K, keys) * shorter_k
+            k = token_tile(k_ptr, token, rows, n, head, H, K, first, BK) * shorter_k
             minus_dT = tl.load(minus_dT_ptr + square)
             minus_de = _times_state(
-                tl.zeros((C, BK), tl.float32), dZ_ptr, S_ptr, chunk, head, keys, rows, n, token,
-                HV, GROUP, V, KP, VP, C, BV, DT, PREC, False,
+                tl.zeros((C, BK), tl.float32), dZ_ptr, S_ptr, chunk, head, first, rows, n, token,
+                HV, GROUP, V, KP, VP, C, BK, BV, STAGES, DT, PREC, False,
             )  # fmt: skip
             if STRONG:
                 minus_de = minus_de * exp(late_sum, DT) - near_e
             else:
                 minus_de += add_up(minus_dT, k * inverse_exp_anew(late_sum, DT), DT, PREC)
                 minus_de *= exp_anew(late_sum, DT)
-            b = opened(gate_tile(b_ptr, token, rows, n, head, H, DB, keys, 0.0), largest_erase, DT, ACT)
+            b = opened(gate_tile(b_ptr, token, rows, n, head, H, DB, first, BK, 0.0), largest_erase, DT, ACT)
             dk -= b * minus_de
             db = -k * minus_de
             dG = settled(dG + b * db)
@@ -366,17 +370,17 @@ def key_gradients(
         store_token_tile(dk_ptr, dk * shorter_k, token, rows, n, head, H, K, keys)
         tl.debug_barrier()
 
-        k = token_tile(k_ptr, token, rows, n, head, H, K, keys) * shorter_k
+        k = token_tile(k_ptr, token, rows, n, head, H, K, first, BK) * shorter_k
         dA_qk = tl.load(dA_qk_ptr + square)
         dq = _times_state(
-            tl.zeros((C, BK), tl.float32), do_ptr, S_ptr, chunk, head, keys, rows, n, token,
-            HV, GROUP, V, KP, VP, C, BV, DT, PREC, True,
+            tl.zeros((C, BK), tl.float32), do_ptr, S_ptr, chunk, head, first, rows, n, token,
+            HV, GROUP, V, KP, VP, C, BK, BV, STAGES, DT, PREC, True,
         )  # fmt: skip
         if STRONG:
             dq = dq * exp(late_sum, DT) + near_q
         else:
             dq = (dq + add_up(dA_qk, k * inverse_exp_anew(late_sum, DT), DT, PREC)) * exp_anew(late_sum, DT)
-        q = token_tile(q_ptr, token, rows, n, head, H, K, keys) * (shorter_q * scale)
+        q = token_tile(q_ptr, token, rows, n, head, H, K, first, BK) * (shorter_q * scale)
         dG += q * dq
         dq = (dq + diagonal * k) * scale
         if ACT:
@@ -388,16 +392,17 @@ def key_gradients(
                 dg_shared += tl.sum(dg, 1)
             else:
                 if ACT:
-                    dg, one = decay_gradient(dg, g_ptr, rate_ptr, delta_ptr, token, rows, n, head, H, K, DG, keys, DT)
+                    dg, one = decay_gradient(
+                        dg, g_ptr, rate_ptr, delta_ptr, token, rows, n, head, H, K, DG, first, BK, DT
+                    )
                     drate += one
                     tl.store(ddelta_ptr + unit * K + keys, tl.sum(dg, 0), mask=keys < K)
                 store_token_tile(dg_ptr, dg, token, rows, n, head, H, K, keys)
     shared = token * H + head + rows * H
     if DG == 1:
         if ACT:
-            one = tl.arange(0, 1)
             dg_shared, drate = decay_gradient(
-                dg_shared[:, None], g_ptr, rate_ptr, delta_ptr, token, rows, n, head, H, K, DG, one, DT
+                dg_shared[:, None], g_ptr, rate_ptr, delta_ptr, token, rows, n, head, H, K, DG, 0, 1, DT
             )
             dg_shared = tl.sum(dg_shared, 1)
             tl.store(ddelta_ptr + unit, tl.sum(dg_shared))

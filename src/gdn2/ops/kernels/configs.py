@@ -14,7 +14,7 @@ from gdn2.ops.kernels import verdicts
 from gdn2.ops.kernels.run import INTERPRET
 from gdn2.ops.kernels.tables import CONFIGS, H100_SHARED, INTERPRETED, LEAST_SHARED, MAX_HEAD, Config
 
-FEW = 64  # programs of a scan below which it takes narrower tiles, to keep more of the GPU busy
+FEW = 65  # programs of a scan below which it takes narrower tiles, to keep more of the GPU busy
 SEGMENTED = 16  # programs of a scan up to which long sequences are cut into segments
 BUSY = 128  # programs of a scan over segments: one fills a multiprocessor's shared memory
 SHORT = 16  # chunks that a segment has at least
@@ -53,6 +53,12 @@ def shared_memory(device: torch.device) -> int:
         properties = triton.runtime.driver.active.utils.get_device_properties(index)
         _shared_memory[device] = int(properties["max_shared_mem"])
     return _shared_memory[device]
+
+
+@lru_cache(maxsize=16)
+def descriptors(device: torch.device) -> bool:
+    """Whether tiles come through descriptors: from Hopper on the hardware copies them."""
+    return INTERPRET or (device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0))
 
 
 def named_config(dtype: torch.dtype, K: int, V: int, shared: int = H100_SHARED) -> tuple[str, Config]:

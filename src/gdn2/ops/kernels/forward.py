@@ -64,17 +64,17 @@ def _strong_scores(
 
 @triton.jit
 def _key_tail(
-    k_ptr, g_ptr, rate_ptr, delta_ptr, token, rows, n, head, cols, shorter_k,
-    H: tl.constexpr, K: tl.constexpr, DG: tl.constexpr, DT: tl.constexpr, PREC: tl.constexpr,
+    k_ptr, g_ptr, rate_ptr, delta_ptr, token, rows, n, head, first, shorter_k,
+    H: tl.constexpr, K: tl.constexpr, DG: tl.constexpr, BK: tl.constexpr, DT: tl.constexpr, PREC: tl.constexpr,
     ACT: tl.constexpr, STRONG: tl.constexpr,
 ):  # fmt: skip
-    """The channels `cols` of K_tail, in float32."""
-    k = token_tile(k_ptr, token, rows, n, head, H, K, cols) * shorter_k
+    """BK channels of K_tail, in float32."""
+    k = token_tile(k_ptr, token, rows, n, head, H, K, first, BK) * shorter_k
     if STRONG:
-        g_next = decay_tile(g_ptr, rate_ptr, delta_ptr, token, rows + 1, n, head, H, K, DG, cols, DT, ACT)
+        g_next = decay_tile(g_ptr, rate_ptr, delta_ptr, token, rows + 1, n, head, H, K, DG, first, BK, DT, ACT)
         left = tl.cumsum(g_next, 0, reverse=True)
     else:
-        g = decay_tile(g_ptr, rate_ptr, delta_ptr, token, rows, n, head, H, K, DG, cols, DT, ACT)
+        g = decay_tile(g_ptr, rate_ptr, delta_ptr, token, rows, n, head, H, K, DG, first, BK, DT, ACT)
         left = add_up(tl.where(rows[None, :] > rows[:, None], 1.0, 0.0), g, DT, PREC)
     return k * exp(left, DT)
 
@@ -82,21 +82,21 @@ def _key_tail(
 @triton.jit
 def _prepare_tile(
     A_qk, T, q_ptr, k_ptr, g_ptr, b_ptr, rate_ptr, delta_ptr, Q_ptr, E_ptr, gamma_ptr, before_ptr, after_ptr,
-    token, rows, n, head, unit, cols, scale, shorter_q, shorter_k, largest_erase,
+    token, rows, n, head, unit, first, scale, shorter_q, shorter_k, largest_erase,
     H: tl.constexpr, K: tl.constexpr, KP: tl.constexpr, DG: tl.constexpr, DB: tl.constexpr,
-    C: tl.constexpr, LOG_C: tl.constexpr,
+    C: tl.constexpr, LOG_C: tl.constexpr, BK: tl.constexpr,
     RANGE: tl.constexpr, DT: tl.constexpr, PREC: tl.constexpr, SOLVE: tl.constexpr, SAVE: tl.constexpr,
     ACT: tl.constexpr, STRONG: tl.constexpr,
 ):  # fmt: skip
-    """The channels `cols` of a chunk: A_qk and T with what these add below the diagonal (and, unless STRONG, trash on
+    """BK channels of a chunk: A_qk and T with what these add below the diagonal (and, unless STRONG, trash on
     and above it), diag(q k^T), and the largest decay. Q, E, gamma_C and the decays of the halves are stored.
     """
     ERASE: tl.constexpr = DB != 0
-    g = decay_tile(g_ptr, rate_ptr, delta_ptr, token, rows, n, head, H, K, DG, cols, DT, ACT)
+    g = decay_tile(g_ptr, rate_ptr, delta_ptr, token, rows, n, head, H, K, DG, first, BK, DT, ACT)
     weakest = 0.0
     if STRONG:
-        g_next = decay_tile(g_ptr, rate_ptr, delta_ptr, token, rows + 1, n, head, H, K, DG, cols, DT, ACT)
-        before = tl.full((cols.shape[0],), 1.0, tl.float32)
+        g_next = decay_tile(g_ptr, rate_ptr, delta_ptr, token, rows + 1, n, head, H, K, DG, first, BK, DT, ACT)
+        before = tl.full((BK,), 1.0, tl.float32)
         after = before
         gamma_C = exp(tl.sum(g, 0), DT)
     else:
@@ -106,10 +106,14 @@ def _prepare_tile(
         before, after = exp(before, DT), exp(after, DT)
         gamma_C = before * after
         D = settled(add_up(from_middle(rows, C), g, DT, PREC))
-    k = token_tile(k_ptr, token, rows, n, head, H, K, cols) * shorter_k
-    q = token_tile(q_ptr, token, rows, n, head, H, K, cols) * (shorter_q * scale)
+    k = token_tile(k_ptr, token, rows, n, head, H, K, first, BK) * shorter_k
+    q = token_tile(q_ptr, token, rows, n, head, H, K, first, BK) * (shorter_q * scale)
     diagonal = tl.sum(q * k, 1)
-    e = k * opened(gate_tile(b_ptr, token, rows, n, head, H, DB, cols, 0.0), largest_erase, DT, ACT) if ERASE else q
+    e = (
+        k * opened(gate_tile(b_ptr, token, rows, n, head, H, DB, first, BK, 0.0), largest_erase, DT, ACT)
+        if ERASE
+        else q
+    )
     if STRONG:
         A_qk, T = _strong_scores(q, e, k, g, g_next, A_qk, T, rows, LOG_C, ERASE, RANGE, DT, PREC)
         gamma = exp(tl.cumsum(g, 0), DT)
@@ -128,6 +132,7 @@ def _prepare_tile(
             E = (e * exp_anew(D, DT)).to(DT)
             T = tl.dot(E, tl.trans(high), T, input_precision=PREC)
         Q, E = Q * before[None, :], E * before[None, :]
+    cols = first + tl.arange(0, BK)
     tile = offsets(rows, cols, KP)
     tl.store(Q_ptr + tile, Q.to(DT))
     if ERASE:
@@ -176,8 +181,8 @@ def prepare_chunks(
     for first in tl.range(0, KP, BK):
         A_qk, T, products, least = _prepare_tile(
             A_qk, T, q_ptr, k_ptr, g_ptr, b_ptr, rate_ptr, delta_ptr, Q_ptr, E_ptr, gamma_ptr, before_ptr, after_ptr,
-            token, rows, n, head, unit, first + tl.arange(0, BK), scale, shorter_q, shorter_k, largest_erase,
-            H, K, KP, DG, DB, C, LOG_C, RANGE, DT, PREC, SOLVE, SAVE, ACT, STRONG,
+            token, rows, n, head, unit, first, scale, shorter_q, shorter_k, largest_erase,
+            H, K, KP, DG, DB, C, LOG_C, BK, RANGE, DT, PREC, SOLVE, SAVE, ACT, STRONG,
         )  # fmt: skip
         diagonal += products
         weakest = tl.minimum(weakest, least)
@@ -198,20 +203,20 @@ def prepare_chunks(
     tl.store((A_out_ptr + unit * C * C) + square, A_qk.to(DT))
     # K_tail is computed here and not beside Q and E: kept until A is known it would fill the registers.
     for first in tl.range(0, KP, BK):
-        cols = first + tl.arange(0, BK)
         K_out = _key_tail(
-            k_ptr, g_ptr, rate_ptr, delta_ptr, token, rows, n, head, cols, shorter_k, H, K, DG, DT, PREC, ACT, STRONG
-        )
+            k_ptr, g_ptr, rate_ptr, delta_ptr, token, rows, n, head, first, shorter_k,
+            H, K, DG, BK, DT, PREC, ACT, STRONG,
+        )  # fmt: skip
         if ERASE:
             K_out = tl.dot(tl.trans(A), K_out, input_precision=SOLVE)
-        tl.store(K_out_ptr + offsets(rows, cols, KP), K_out.to(DT))
+        tl.store(K_out_ptr + offsets(rows, first + tl.arange(0, BK), KP), K_out.to(DT))
     if READY:
         for part in tl.range(0, GROUP * (VP // BV)):
             value_head = head * GROUP + part // (VP // BV)
-            values = (part % (VP // BV)) * BV + tl.arange(0, BV)
-            Z = written(v_ptr, w_ptr, token, rows, n, value_head, values, largest_write, HV, V, DW, DT, ACT)
+            first = (part % (VP // BV)) * BV
+            Z = written(v_ptr, w_ptr, token, rows, n, value_head, first, largest_write, HV, V, BV, DW, DT, ACT)
             at = (chunk.to(tl.int64) * HV + value_head) * C * VP
-            tl.store((Z_ptr + at) + offsets(rows, values, VP), Z.to(DT))
+            tl.store((Z_ptr + at) + offsets(rows, first + tl.arange(0, BV), VP), Z.to(DT))
 
 
 @triton.jit
@@ -234,7 +239,8 @@ def scan_chunks(
     sequence, value_head = tl.program_id(0) // (PARTS * HV), tl.program_id(0) // PARTS % HV
     head = value_head // (HV // H)
     rows, keys = tl.arange(0, C), tl.arange(0, KP)
-    cols = (tl.program_id(0) % PARTS) * BV + tl.arange(0, BV)
+    first_value = (tl.program_id(0) % PARTS) * BV
+    cols = first_value + tl.arange(0, BV)
     first_state, state = (sequence.to(tl.int64) * HV + value_head) * K * V, offsets(keys, cols, V)
     inside = (keys[:, None] < K) & (cols[None, :] < V)
     start, end = tl.load(start_ptr + sequence), tl.load(start_ptr + sequence + 1)
@@ -255,7 +261,9 @@ def scan_chunks(
         if READY:
             X = tl.load((Z_ptr + value_unit * C * VP) + by_value).to(tl.float32)
         else:
-            X = written(v_ptr, w_ptr, token, rows, end - token, value_head, cols, largest_write, HV, V, DW, DT, ACT)
+            X = written(
+                v_ptr, w_ptr, token, rows, end - token, value_head, first_value, largest_write, HV, V, BV, DW, DT, ACT
+            )
         S_low = S.to(DT)
         if SAVE:
             before = tl.load(before_ptr + key_unit * KP + keys)

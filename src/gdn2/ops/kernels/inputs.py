@@ -25,7 +25,7 @@ def inverse_length(
     squares = tl.zeros((rows.shape[0],), tl.float32)
     if ACT:
         for first in tl.range(0, DP, BD):
-            x = token_tile(ptr, token, rows, n, head, HEADS, D, first + tl.arange(0, BD))
+            x = token_tile(ptr, token, rows, n, head, HEADS, D, first, BD)
             squares += tl.sum(x * x, 1)
         squares = tl.rsqrt(squares + eps)
     else:
@@ -34,8 +34,11 @@ def inverse_length(
 
 
 @triton.jit
-def _shift(f, rate_ptr, delta_ptr, head, cols, K: tl.constexpr, DG: tl.constexpr):
+def _shift(
+    f, rate_ptr, delta_ptr, head, first, K: tl.constexpr, DG: tl.constexpr, BK: tl.constexpr
+):  # fmt: skip
     """f + delta [C, BK], and -exp(rate)."""
+    cols = first + tl.arange(0, BK)
     delta = tl.load(delta_ptr + head * DG + cols * (DG > 1), mask=cols < K, other=0.0).to(tl.float32)
     return f + delta[None, :], -tl.exp(tl.load(rate_ptr + head).to(tl.float32))
 
@@ -43,12 +46,13 @@ def _shift(f, rate_ptr, delta_ptr, head, cols, K: tl.constexpr, DG: tl.constexpr
 @triton.jit
 def decay_tile(
     g_ptr, rate_ptr, delta_ptr, token, rows, n, head,
-    H: tl.constexpr, K: tl.constexpr, DG: tl.constexpr, cols, DT: tl.constexpr, ACT: tl.constexpr,
+    H: tl.constexpr, K: tl.constexpr, DG: tl.constexpr, first, BK: tl.constexpr, DT: tl.constexpr, ACT: tl.constexpr,
 ):  # fmt: skip
-    """The log-decay, zero beyond n and K."""
-    g = gate_tile(g_ptr, token, rows, n, head, H, DG, cols, 0.0)
+    """The log-decay of BK channels, zero beyond n and K."""
+    g = gate_tile(g_ptr, token, rows, n, head, H, DG, first, BK, 0.0)
     if ACT and DG != 0:
-        x, pace = _shift(g, rate_ptr, delta_ptr, head, cols, K, DG)
+        x, pace = _shift(g, rate_ptr, delta_ptr, head, first, K, DG, BK)
+        cols = first + tl.arange(0, BK)
         g = settled(tl.where((rows[:, None] < n) & (cols[None, :] < K), pace * softplus(x, DT), 0.0))
     return g
 
@@ -56,10 +60,11 @@ def decay_tile(
 @triton.jit
 def decay_gradient(
     dg, g_ptr, rate_ptr, delta_ptr, token, rows, n, head,
-    H: tl.constexpr, K: tl.constexpr, DG: tl.constexpr, cols, DT: tl.constexpr,
+    H: tl.constexpr, K: tl.constexpr, DG: tl.constexpr, first, BK: tl.constexpr, DT: tl.constexpr,
 ):  # fmt: skip
     """df = -dg exp(rate) sigmoid(f + delta), which is ddelta too, and drate = sum dg g; with ACT."""
-    x, pace = _shift(gate_tile(g_ptr, token, rows, n, head, H, DG, cols, 0.0), rate_ptr, delta_ptr, head, cols, K, DG)
+    f = gate_tile(g_ptr, token, rows, n, head, H, DG, first, BK, 0.0)
+    x, pace = _shift(f, rate_ptr, delta_ptr, head, first, K, DG, BK)
     dx = tl.where(rows[:, None] < n, dg * pace, 0.0)
     return dx * sigmoid(x, DT), tl.sum(dx * softplus(x, DT))
 
@@ -78,10 +83,10 @@ def opened_gradient(dy, y, largest, ACT: tl.constexpr):
 
 @triton.jit
 def written(
-    v_ptr, w_ptr, token, rows, n, value_head, cols, largest_write,
-    HV: tl.constexpr, V: tl.constexpr, DW: tl.constexpr, DT: tl.constexpr, ACT: tl.constexpr,
+    v_ptr, w_ptr, token, rows, n, value_head, first, largest_write,
+    HV: tl.constexpr, V: tl.constexpr, BV: tl.constexpr, DW: tl.constexpr, DT: tl.constexpr, ACT: tl.constexpr,
 ):  # fmt: skip
     """Z = w * v."""
-    v = token_tile(v_ptr, token, rows, n, value_head, HV, V, cols)
-    w = gate_tile(w_ptr, token, rows, n, value_head, HV, DW, cols, 1.0)
+    v = token_tile(v_ptr, token, rows, n, value_head, HV, V, first, BV)
+    w = gate_tile(w_ptr, token, rows, n, value_head, HV, DW, first, BV, 1.0)
     return v * opened(w, largest_write, DT, ACT and DW != 0)

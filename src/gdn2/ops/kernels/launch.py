@@ -9,10 +9,11 @@ from typing import Any, NamedTuple
 import torch
 import triton
 from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from gdn2.ops.kernels.backward import key_gradients, scan_back, value_gradients
 from gdn2.ops.kernels.chunks import Segments, chunk_count, locate, segment_count, sequence_count
-from gdn2.ops.kernels.configs import Config, Shape, plan, scan_tile, segment_length
+from gdn2.ops.kernels.configs import Config, Shape, descriptors, plan, scan_tile, segment_length
 from gdn2.ops.kernels.forward import prepare_chunks, scan_chunks
 from gdn2.ops.kernels.run import INTERPRET, run
 from gdn2.ops.kernels.segments import fold_segments, map_segments, map_segments_back
@@ -81,6 +82,20 @@ def _last(gate: Tensor | None) -> int:
 
 def _dense(*tensors: Tensor | None) -> list[Any]:
     return [None if x is None else x.contiguous() for x in tensors]
+
+
+def _tiles(x: Tensor | None, rows: int, channels: int) -> Any:
+    """A token tensor [B, T, heads, D] for `token_tile`: a descriptor where tiles of so many channels make up a head."""
+    if x is None or x.shape[-1] % channels:
+        return x
+    return _descriptor(x, x.shape[2] * x.shape[3], rows, channels)
+
+
+def _descriptor(x: Tensor, width: int, rows: int, channels: int) -> Any:
+    """Tiles [rows, channels] of x as a matrix of this width; x itself where the GPU has no use for a descriptor."""
+    if x.numel() == 0 or x.data_ptr() % 16 or not descriptors(x.device):
+        return x
+    return TensorDescriptor(x, [x.numel() // width, width], [width, 1], [rows, channels])
 
 
 def _launches(log_decay: Tensor | None) -> tuple[bool, ...]:
@@ -174,14 +189,16 @@ def forward(
 
     for strong in _launches(log_decay):
         BK, BV, warps, stages = config.strong_prepare if strong else config.prepare
+        BK, BV = min(s.KP, BK), min(s.VP, BV)
+        inputs: tuple[Any, ...] = (q, k, v, log_decay, erase, write)
+        if not strong:
+            inputs = tuple(_tiles(x, s.C, size) for x, size in zip(inputs, (BK, BK, BV, BK, BK, BV)))
         run(
             prepare_chunks, M * s.H,
-            (q, k, v, log_decay, erase, write, a.rate, a.delta, kept.E, kept.Q, kept.K_out, kept.gamma, before,
-             kept.after, kept.X, kept.A, kept.A_out, chunks.token, chunks.length, kept.strong, scale,
-             a.largest_erase, a.largest_write, L2_EPS),
+            (*inputs, a.rate, a.delta, kept.E, kept.Q, kept.K_out, kept.gamma, before, kept.after, kept.X, kept.A,
+             kept.A_out, chunks.token, chunks.length, kept.strong, scale, a.largest_erase, a.largest_write, L2_EPS),
             (s.H, s.HV, s.K, s.V, s.KP, s.VP, _last(log_decay), _last(erase), _last(write), s.C, s.LOG_C,
-             min(s.KP, BK), min(s.VP, BV), s.RANGE, s.DT, s.PREC, s.SOLVE, save_for_backward, activation is not None,
-             ready, strong),
+             BK, BV, s.RANGE, s.DT, s.PREC, s.SOLVE, save_for_backward, activation is not None, ready, strong),
             warps, stages,
         )  # fmt: skip
     o = torch.empty_like(v)
@@ -194,8 +211,8 @@ def forward(
     BV, warps, stages = scan_tile(config, S, s)
     run(
         scan_chunks, S * s.HV * (s.VP // BV),
-        (v, write, kept.E, kept.Q, kept.K_out, kept.gamma, before, kept.X, kept.A_out, state, o, final, kept.S, *spans,
-         a.largest_write),
+        (_tiles(v, s.C, BV), _tiles(write, s.C, BV), kept.E, kept.Q, kept.K_out, kept.gamma, before, kept.X,
+         kept.A_out, state, o, final, kept.S, *spans, a.largest_write),
         (s.H, s.HV, s.K, s.V, s.KP, s.VP, _last(write), s.C, BV, stages, s.DT, s.PREC, erase is not None,
          state is not None, output_final_state, save_for_backward, activation is not None, ready),
         warps, stages,
@@ -261,13 +278,21 @@ def backward(
     )  # fmt: skip
     for strong in _launches(log_decay):
         BK, BV, warps, stages = config.strong_key if strong else config.key
+        BK, BV = min(span, BK), min(s.VP, BV)
+        inputs = (q, k, log_decay, erase, do, dZ, kept.X, kept.S, dS)
+        if not strong:
+            inputs = (
+                *(_tiles(x, s.C, BK) for x in inputs[:4]),
+                _tiles(do, s.C, BV),
+                *(_descriptor(x, s.VP, s.C, BV) for x in (dZ, kept.X)),
+                *(_descriptor(x, s.VP, BK, BV) for x in (kept.S, dS)),
+            )
         run(
             key_gradients, M * s.H * (s.KP // span),
-            (q, k, log_decay, erase, a.rate, a.delta, do, dZ, kept.X, kept.A, kept.S, dS, dA_qk, diagonal, minus_dT,
-             along_q, along_k, dq, dk, dg, db, drate, ddelta, chunks.token, chunks.length, kept.strong, scale,
-             a.largest_erase, L2_EPS),
+            (*inputs, kept.A, a.rate, a.delta, dA_qk, diagonal, minus_dT, along_q, along_k, dq, dk, dg, db, drate,
+             ddelta, chunks.token, chunks.length, kept.strong, scale, a.largest_erase, L2_EPS),
             (s.H, s.HV, s.K, s.V, s.KP, s.VP, _last(log_decay), _last(erase), s.C, s.LOG_C,
-             span, min(span, BK), min(s.VP, BV), s.RANGE, s.DT, s.PREC, act, strong),
+             span, BK, BV, stages, s.RANGE, s.DT, s.PREC, act, strong),
             warps, stages,
         )  # fmt: skip
     gradients = dq, dk, dv, dg, db, dw, dS_first

@@ -5,6 +5,7 @@ from typing import Any
 import torch
 import triton
 from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 INTERPRET = triton.knobs.runtime.interpret
 
@@ -34,6 +35,8 @@ def run(
 
 def _kind(x: Any) -> Any:
     """What Triton compiles anew for."""
+    if isinstance(x, TensorDescriptor):
+        return x.base.dtype, *x.block_shape
     if isinstance(x, Tensor):
         return x.dtype, x.data_ptr() % 16 == 0
     return (x == 1, x % 16 == 0, x.bit_length() > 31) if isinstance(x, int) else type(x)

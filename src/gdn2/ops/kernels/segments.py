@@ -64,7 +64,8 @@ def map_segments_back(
     segment, value_head = tl.program_id(0) // (PARTS * HV), tl.program_id(0) // PARTS % HV
     head = value_head // (HV // H)
     rows, keys = tl.arange(0, C), tl.arange(0, KP)
-    cols = (tl.program_id(0) % PARTS) * BV + tl.arange(0, BV)
+    first_value = (tl.program_id(0) % PARTS) * BV
+    cols = first_value + tl.arange(0, BV)
     start, end = tl.load(start_ptr + segment), tl.load(start_ptr + segment + 1)
     first, last = tl.load(first_chunk_ptr + segment), tl.load(first_chunk_ptr + segment + 1)
     by_key = offsets(rows, keys, KP)
@@ -75,7 +76,7 @@ def map_segments_back(
         unit, token = chunk * H + head, start + (chunk - first) * C
         Q = tl.load((Q_ptr + unit * C * KP) + by_key)
         gamma = tl.load(gamma_ptr + unit * KP + keys)
-        do = token_tile(do_ptr, token, rows, end - token, value_head, HV, V, cols).to(DT)
+        do = token_tile(do_ptr, token, rows, end - token, value_head, HV, V, first_value, BV).to(DT)
         dS_low = dS.to(DT)
         dS = dS * gamma[:, None] + product(tl.trans(Q), do, DT, PREC)
         if ERASE:

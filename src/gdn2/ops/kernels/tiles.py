@@ -31,23 +31,48 @@ def offsets(rows, cols, WIDTH: tl.constexpr):
 
 
 @triton.jit
-def token_tile(ptr, token, rows, n, head, HEADS: tl.constexpr, D: tl.constexpr, cols):
-    """Rows `rows` < n after `token` of a [tokens, HEADS, D] tensor, in float32; zero beyond n and D."""
-    base = ptr + (token * HEADS + head) * D
-    mask = (rows[:, None] >= 0) & (rows[:, None] < n) & (cols[None, :] < D)
-    return tl.load(base + offsets(rows, cols, HEADS * D), mask=mask, other=0.0).to(tl.float32)
+def token_tile(x, token, rows, n, head, HEADS: tl.constexpr, D: tl.constexpr, first, WIDTH: tl.constexpr):
+    """Rows `rows` < n after `token` and WIDTH channels from `first` of a [tokens, HEADS, D] tensor, in float32; zero
+    beyond n and D.
+
+    x is a pointer or, for rows from 0, a descriptor of such tiles: those arrive in shared memory swizzled, so that it
+    is read in the layout of the products' results without bank conflicts.
+    """
+    if isinstance(x, tl.tensor_descriptor):
+        tile = x.load([token.to(tl.int32), head * D + first])
+        tile = tl.where(rows[:, None] < n, tile.to(tl.float32), 0.0)
+    else:
+        base, cols = x + (token * HEADS + head) * D, first + tl.arange(0, WIDTH)
+        mask = (rows[:, None] >= 0) & (rows[:, None] < n) & (cols[None, :] < D)
+        tile = tl.load(base + offsets(rows, cols, HEADS * D), mask=mask, other=0.0).to(tl.float32)
+    return tile
 
 
 @triton.jit
-def gate_tile(ptr, token, rows, n, head, HEADS: tl.constexpr, D: tl.constexpr, cols, FILL: tl.constexpr):
+def scratch_tile(
+    x, unit, ROWS: tl.constexpr, COLS: tl.constexpr, top, HEIGHT: tl.constexpr, first, WIDTH: tl.constexpr
+):
+    """HEIGHT rows from `top` and WIDTH columns from `first` of matrix `unit` of [units, ROWS, COLS], as stored."""
+    if isinstance(x, tl.tensor_descriptor):
+        tile = x.load([(unit * ROWS + top).to(tl.int32), first])
+    else:
+        rows, cols = top + tl.arange(0, HEIGHT), first + tl.arange(0, WIDTH)
+        tile = tl.load((x + unit * ROWS * COLS) + offsets(rows, cols, COLS))
+    return tile
+
+
+@triton.jit
+def gate_tile(
+    x, token, rows, n, head, HEADS: tl.constexpr, D: tl.constexpr, first, WIDTH: tl.constexpr, FILL: tl.constexpr
+):
     """`token_tile` of a gate whose D is 0 (absent: FILL everywhere), 1 (shared by the channels) or the head size."""
     if D == 0:
-        return tl.full((rows.shape[0], cols.shape[0]), FILL, tl.float32)
+        return tl.full((rows.shape[0], WIDTH), FILL, tl.float32)
     elif D == 1:
-        x = tl.load(ptr + token * HEADS + head + rows * HEADS, mask=rows < n, other=0.0).to(tl.float32)
-        return tl.broadcast_to(x[:, None], (rows.shape[0], cols.shape[0]))
+        shared = tl.load(x + token * HEADS + head + rows * HEADS, mask=rows < n, other=0.0).to(tl.float32)
+        return tl.broadcast_to(shared[:, None], (rows.shape[0], WIDTH))
     else:
-        return token_tile(ptr, token, rows, n, head, HEADS, D, cols)
+        return token_tile(x, token, rows, n, head, HEADS, D, first, WIDTH)
 
 
 @triton.jit
