@@ -26,6 +26,7 @@ from gdn2.layers import (
     SlidingWindowAttention,
     SwiGLU,
 )
+from gdn2.layers.few import few
 from gdn2.layers.linear import Linear, at_least_float32
 from gdn2.layers.quantized import QuantizedLinear
 
@@ -81,11 +82,17 @@ class Block(nn.Module):
         x = x + mixed
         return x + self.mlp(self.mlp_norm(x)), state
 
-    def step(self, x: Tensor, added: Tensor | None, state: LayerState) -> tuple[Tensor, Tensor]:
+    def step(self, x: Tensor, added: Tensor | None, state: LayerState) -> tuple[Tensor, Tensor | None]:
         """`forward` of one token of each sequence, on x + added; `state` is written in place.
 
-        The result is a sum too, of its two tensors: each sum is formed together with the norm that follows it.
+        The result is a sum too, of its two tensors: each sum is formed together with the norm that follows it. With few
+        sequences it is one tensor, each sum formed by the product before it, each norm by the product after it.
         """
+        mixer: Any = self.mixer
+        able = isinstance(self.mixer, (GatedDeltaNet2, SlidingWindowAttention))
+        if able and self.mlp.few(x) and mixer.few(x, state):
+            x = x if added is None else x + added
+            return self.mlp.step_sum(mixer.step_sum(x, self.mixer_norm, state), self.mlp_norm), None
         x, normed = (x, self.mixer_norm(x)) if added is None else self.mixer_norm.of_sum(x, added)
         x, normed = self.mlp_norm.of_sum(x, cast(Mixer, self.mixer).step(normed, state))
         return x, self.mlp.step(normed)
@@ -208,6 +215,11 @@ class LanguageModel(nn.Module):
 
     def logits(self, hidden: Tensor) -> Tensor:
         """[..., d_model] -> [..., vocab_size] in float32 (float64 in a float64 model)."""
+        head = self.embedding if self.head is None else self.head
+        if few(hidden, head):
+            from gdn2.ops.kernels.project import project
+
+            return project(hidden, cast(Linear, head).weight, dtype=torch.float32)
         return at_least_float32(F.linear(hidden, self.embedding.weight) if self.head is None else self.head(hidden))
 
     def loss(
