@@ -197,13 +197,19 @@ class LanguageModel(nn.Module):
             state: one entry per block, N rows each.
 
         Returns:
-            hidden [N, d_model] after the final norm.
+            The logits of the next token, as from `logits`: [N, vocab_size].
         """
         x, added = self.embedding(tokens), None
         for block, own in zip(self.blocks, state):
             x, added = cast(Block, block).step(x, added, own)
+        head = self.embedding if self.head is None else self.head
+        if added is None and few(x, head):
+            from gdn2.ops.kernels.project import project
+
+            weight = cast(Linear, head).weight
+            return project(x[:, -1], weight, norm=self.norm.weight, eps=self.norm.eps, dtype=torch.float32)
         hidden: Tensor = self.norm(x) if added is None else self.norm.of_sum(x, added)[1]
-        return hidden[:, -1]
+        return self.logits(hidden[:, -1])
 
     def pack(self) -> None:
         """Put weights that `step` reads together side by side in memory; parameters become views, nothing is held
@@ -215,11 +221,6 @@ class LanguageModel(nn.Module):
 
     def logits(self, hidden: Tensor) -> Tensor:
         """[..., d_model] -> [..., vocab_size] in float32 (float64 in a float64 model)."""
-        head = self.embedding if self.head is None else self.head
-        if few(hidden, head):
-            from gdn2.ops.kernels.project import project
-
-            return project(hidden, cast(Linear, head).weight, dtype=torch.float32)
         return at_least_float32(F.linear(hidden, self.embedding.weight) if self.head is None else self.head(hidden))
 
     def loss(

@@ -7,9 +7,9 @@ import sys
 import torch
 
 KERNELS = {
-    "carry_tail", "convolve", "convolve_back", "fold_segments", "key_gradients", "locate_tokens", "map_segments",
-    "map_segments_back", "mix_token", "normalize", "normalize_back", "prepare_chunks", "prepare_token", "project_rows",
-    "recur_token", "scan_back", "scan_chunks", "tail_back", "value_gradients",
+    "carry_tail", "convolve", "convolve_back", "find_likeliest", "fold_segments", "key_gradients", "locate_tokens",
+    "map_segments", "map_segments_back", "mix_token", "normalize", "normalize_back", "prepare_chunks", "prepare_token",
+    "project_rows", "recur_token", "scan_back", "scan_chunks", "tail_back", "value_gradients",
 }  # fmt: skip
 
 
@@ -19,7 +19,7 @@ def main() -> None:
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    from gdn2.ops.kernels import conv, decode, launch, mix, norm, project
+    from gdn2.ops.kernels import choose, conv, decode, launch, mix, norm, project
 
     kinds = {
         torch.bfloat16: "*bf16", torch.float32: "*fp32", torch.int32: "*i32", torch.int64: "*i64",
@@ -37,9 +37,9 @@ def main() -> None:
         assert early == ("griddepcontrol.wait" in compiled.asm["ptx"])
         done.add(kernel.fn.__name__)
 
-    for module in (conv, decode, launch, mix, norm, project):
+    for module in (choose, conv, decode, launch, mix, norm, project):
         module.run = compile_only
-    mix.begin_early = project.begin_early = lambda device: True
+    mix.begin_early = project.begin_early = choose.begin_early = lambda device: True
 
     def leaf(*shape, dtype=torch.bfloat16):
         return torch.zeros(shape, dtype=dtype).requires_grad_()
@@ -80,6 +80,7 @@ def main() -> None:
     x, weight = torch.zeros(2, 40, dtype=torch.bfloat16), torch.zeros(20, 40, dtype=torch.bfloat16)
     project.project(x, weight, norm=x[0], bias=x[0, :20], added=x[:, :20], dtype=torch.float32)
     project.project(x, weight, norm=x[0], swiglu=True)
+    choose.likeliest(torch.zeros(2, 32_000))
     print(*done)
 
 

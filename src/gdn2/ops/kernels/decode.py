@@ -240,7 +240,7 @@ def decode(
 
     No gradients. ValueError for shapes and dtypes that do not fit.
     """
-    _check(token, weights, state, token.k.shape[0])
+    check(token, weights, state, token.k.shape[0])
     y, *after = _decode(list(token), list(weights), list(state), scale, largest_erase, norm_eps)
     return y, State(*after)
 
@@ -253,18 +253,23 @@ def decode_in_place(
 
     slots [N] int32 or int64; None for row n. ValueError also for a pool that is not contiguous.
     """
-    _check(token, weights, pool, token.k.shape[0] if slots is None else pool.memory.shape[0])
+    check(token, weights, pool, token.k.shape[0] if slots is None else pool.memory.shape[0])
     if slots is not None and (slots.shape != token.k.shape[:1] or slots.dtype not in (torch.int32, torch.int64)):
         found = f"slots is {slots.dtype} of shape {list(slots.shape)}"
         raise ValueError(f"{found}; expected int32 or int64 of shape {list(token.k.shape[:1])}")
-    for name, x in zip(State._fields, pool):
-        if not x.is_contiguous():
-            raise ValueError(f"{name} of the pool has strides {x.stride()}; expected it contiguous")
+    check_contiguous(pool)
     return _decode_in_place(list(token), list(weights), list(pool), slots, scale, largest_erase, norm_eps)
 
 
-def _check(token: Token, weights: Weights, state: State, rows: int) -> None:
-    """`rows` is how many the state should have."""
+def check_contiguous(pool: State) -> None:
+    """ValueError for a state that cannot be written in place."""
+    for name, x in zip(State._fields, pool):
+        if not x.is_contiguous():
+            raise ValueError(f"{name} of the pool has strides {x.stride()}; expected it contiguous")
+
+
+def check(token: Token, weights: Weights, state: State, rows: int) -> None:
+    """ValueError for shapes and dtypes that do not fit; `rows` is how many the state should have."""
     H, V, width = weights.rate.shape[0], weights.norm.shape[0], weights.conv_q.shape[-1]
     N, keys, values = token.k.shape[0], token.k.shape[-1], token.v.shape[-1]
     if keys % H or values % (V * H):

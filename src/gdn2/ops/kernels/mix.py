@@ -14,7 +14,16 @@ import triton.language as tl
 from torch import Tensor
 
 from gdn2.ops.kernels import verdicts
-from gdn2.ops.kernels.decode import State, Weights, convolve_token, load_newest, load_tail
+from gdn2.ops.kernels.decode import (
+    State,
+    Token,
+    Weights,
+    check,
+    check_contiguous,
+    convolve_token,
+    load_newest,
+    load_tail,
+)
 from gdn2.ops.kernels.early import begin_early, wait_for_inputs
 from gdn2.ops.kernels.maths import sigmoid, softplus
 from gdn2.ops.kernels.run import run
@@ -103,10 +112,11 @@ def mix(
     """y [N, H * V] in x's dtype of one token of N sequences, whose states `pool` are updated, for what `fits`.
 
     x [N, 3 H K + 2 H V + 2 R]: what the layer projects of the token, before any activation: q, k, v, erase, write, and
-    the low ranks of decay and output gate. No gradients.
+    the low ranks of decay and output gate. No gradients. ValueError for shapes and dtypes that do not fit.
     """
     H, V, width = weights.rate.shape[0], weights.norm.shape[0], weights.conv_q.shape[1]
     N, K, R = x.shape[0], weights.conv_q.shape[0] // H, low.f.shape[1]
+    _check(x, low, weights, pool, (H * K, H * V, R))
     verdicts.demand(verdicts.DECODE, x.device)
     x, low, weights = x.contiguous(), [t.contiguous() for t in low], [t.contiguous() for t in weights]
     y = x.new_empty(N, H * V)
@@ -117,3 +127,15 @@ def mix(
         (H, K, V, R, width, WP, KP, VP, RP, early), WARPS, early=early,
     )  # fmt: skip
     return y
+
+
+def _check(x: Tensor, low: LowRank, weights: Weights, pool: State, sizes: tuple[int, int, int]) -> None:
+    keys, values, R = sizes
+    widths = (keys, keys, values, keys, values, R, R)
+    shapes = ((x, (x.shape[0], sum(widths))), (low.f, (keys, R)), (low.gate, (values, R)), (low.bias, (values,)))
+    for name, (tensor, shape) in zip(("x", *LowRank._fields), shapes):
+        if tensor.shape != shape:
+            raise ValueError(f"{name} has shape {list(tensor.shape)}; expected {list(shape)}")
+    q, k, v, b, w, _, _ = x.split(widths, dim=1)
+    check(Token(q, k, v, q, b, w, v), weights, pool, x.shape[0])  # f and the gate will be of the shapes of q and v
+    check_contiguous(pool)
