@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from gdn2.ops.kernels import project
+from gdn2.ops.kernels import early, project
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 # Outputs are rounded once (bfloat16: the interpreter truncates); float32: sums of up to 2,304 products.
@@ -102,11 +102,11 @@ def test_gpu_real_sizes(rows, dtype):
 
 @pytest.mark.gpu
 @pytest.mark.skipif(DEVICE == "cpu", reason="no CUDA device")
-def test_gpu_chain_from_a_graph_waits_for_what_it_reads():
-    """Each product reads the one before, in place of which the next but one writes."""
+def test_gpu_kernels_that_begin_early_wait_for_what_they_read(monkeypatch):
+    """A chain of products, each of the one before, whose outputs take each other's places; from a graph and without."""
     torch.manual_seed(0)
     weights = [operand(2_048, 2_048, dtype=torch.bfloat16) * 2_048**-0.5 for _ in range(8)]
-    x, two = operand(1, 2_048, dtype=torch.bfloat16), [operand(1, 2_048, dtype=torch.bfloat16) for _ in range(2)]
+    x, inputs = operand(1, 2_048, dtype=torch.bfloat16), [operand(1, 2_048, dtype=torch.bfloat16) for _ in range(3)]
     ones = torch.ones(2_048, dtype=torch.bfloat16, device=DEVICE)
 
     def chain():
@@ -115,18 +115,23 @@ def test_gpu_chain_from_a_graph_waits_for_what_it_reads():
             y = project.project(y, weight, norm=ones, eps=1e-5)
         return y
 
-    expected = [chain().clone()]
-    torch.cuda.synchronize()
+    def of_all(call):
+        results = []
+        for value in inputs * 20:
+            x.copy_(value)
+            results.append(call().clone())
+        return torch.cat(results)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(early, "ALLOWED", False)
+        expected = of_all(chain)
+    assert torch.equal(of_all(chain), expected)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         y = chain()
-    for value in two:
-        x.copy_(value)
-        expected.append(chain().clone())
-    x.copy_(two[0])
-    for _ in range(20):
+
+    def replayed():
         graph.replay()
-        assert torch.equal(y, expected[1])
-    x.copy_(two[1])
-    graph.replay()
-    assert torch.equal(y, expected[2])
+        return y
+
+    assert torch.equal(of_all(replayed), expected)
