@@ -31,7 +31,7 @@ def calls(monkeypatch):
     """The kernels are used on this device, and what is called of them is noted."""
     monkeypatch.setattr(fused, "DEVICES", (DEVICE,))
     if DEVICE == "cpu":
-        monkeypatch.setattr(project, "LANES", 128)  # fewer programs for the interpreter
+        monkeypatch.setattr(project, "WARPS", 128)  # fewer programs for the interpreter
     noted = []
 
     def noting(name, call):

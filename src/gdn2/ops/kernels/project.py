@@ -19,9 +19,9 @@ from gdn2.ops.kernels.run import run
 
 MOST_ROWS = 4  # of x, which share one reading of the weights; with more, the library's product costs less
 MOST_BYTES = 16_384  # of a row of weights: it lies in a program's registers
-WIDE_BYTES = 8_192  # rows of more than that are spread over two warps
-MANY_OUTPUTS = 8_192  # from there on a program takes TILES times LANES rows of weights, else LANES
-LANES, TILES = 4, 2
+WARP_BYTES = 10_240  # of weights that a warp holds, 80 registers a thread, and half of it with more than one row of x
+MANY_OUTPUTS = 8_192  # from there on each warp, or group of warps, takes TILES rows of weights
+WARPS, TILES = 4, 2
 
 
 @triton.jit
@@ -35,7 +35,7 @@ def project_rows(
     h is x, or with NORM x / sqrt(mean(x^2) + eps) * norm. As a PAIR, W [2 * outputs, I] is a gate above an up
     projection, of which a program takes BO outputs as its two tiles, and the sum is silu(gate) * up.
 
-    A row of BO lies in a warp or two, and x beside each of them, so that nothing is exchanged before the last sum.
+    Each of BO rows lies in a warp or a few, and x beside each, so that nothing is exchanged before the last sum.
     """
     lanes = tl.arange(0, BO)
     weights, norm = (), ()
@@ -142,12 +142,14 @@ def project(
     y = x.new_empty(*x.shape[:-1], O, dtype=dtype or x.dtype)
     early, size = begin_early(x.device), weight.element_size()
     tiles = 2 if swiglu else TILES if O >= MANY_OUTPUTS else 1
-    wide = 2 if I * size > WIDE_BYTES else 1
+    rows = x.numel() // I
+    wide = triton.next_power_of_2(triton.cdiv(tiles * I * size * min(rows, 2), WARP_BYTES))  # warps of a row of weights
     BI = min(wide * 512 // size, triton.next_power_of_2(I))  # 16 bytes a thread
+    BO = max(1, WARPS // wide)
     run(
-        project_rows, triton.cdiv(O, LANES if swiglu else LANES * tiles),
+        project_rows, triton.cdiv(O, BO if swiglu else BO * tiles),
         (x, norm, weight, bias, added, y, eps, O),
-        (I, x.numel() // I, tiles, LANES, BI, swiglu, norm is not None, bias is not None, added is not None, early),
-        wide * LANES, early=early,
+        (I, rows, tiles, BO, BI, swiglu, norm is not None, bias is not None, added is not None, early),
+        max(WARPS, wide), early=early,
     )  # fmt: skip
     return y
