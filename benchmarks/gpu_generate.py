@@ -22,7 +22,7 @@ is printed when it is measured, and appended to FILE. Rows:
                             read (--read at most): bytes that the state takes, and the peak beyond weights while reading
 
 --list shows the rows that a command would measure. --set gives constants of gdn2.ops.kernels another value, to see what
-they are worth: project.MOST_ROWS=0 takes the library's products, early.ALLOWED=0 lets no kernel begin early.
+they are worth: project.MOST_ROWS=0 takes the library's products, early.NEXT=0 lets no kernel begin early.
 """
 
 import argparse
@@ -268,8 +268,8 @@ def set_constant(wanted: str) -> None:
         path, value = wanted.split("=")
         module, name = path.split(".")
         holder = importlib.import_module(f"gdn2.ops.kernels.{module}")
-        kind = type(getattr(holder, name))
-        setattr(holder, name, kind(int(value)))
+        getattr(holder, name)
+        setattr(holder, name, int(value))
     except (ValueError, AttributeError, ModuleNotFoundError) as error:
         expected = "MODULE.NAME=INTEGER, such as project.MOST_ROWS=0"
         raise SystemExit(f"--set {wanted}: {error}; expected {expected}") from None

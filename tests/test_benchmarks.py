@@ -83,8 +83,8 @@ def test_constants_of_kernels_are_set(monkeypatch):
     from gdn2.ops.kernels import early, project
 
     monkeypatch.setattr(project, "MOST_ROWS", project.MOST_ROWS)
-    monkeypatch.setattr(early, "ALLOWED", early.ALLOWED)
+    monkeypatch.setattr(early, "NEXT", early.NEXT)
     change = script("gpu_generate").set_constant
     change("project.MOST_ROWS=0")
-    change("early.ALLOWED=0")
-    assert (project.MOST_ROWS, early.ALLOWED) == (0, False)
+    change("early.NEXT=0")
+    assert (project.MOST_ROWS, early.NEXT) == (0, 0)

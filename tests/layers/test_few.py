@@ -104,18 +104,20 @@ def test_autocast_keeps_the_library(calls):
 @pytest.mark.gpu
 @pytest.mark.skipif(DEVICE == "cpu", reason="no CUDA device")
 @pytest.mark.parametrize("rows", [1, 2, 4])
-def test_gpu_graph_says_what_steps_say(rows):
+@pytest.mark.parametrize("begins", [1, 2])
+def test_gpu_graph_says_what_steps_say(monkeypatch, rows, begins):
     """Kernels that begin early, from a graph, beside kernels that do not, at the sizes of 1.3 billion parameters."""
     from gdn2.ops.kernels import early
 
     sizes = {"d_model": 2_304, "mlp_width": 6_208, "num_heads": 16, "key_dim": 128, "value_dim": 128, "num_layers": 4}
     model = small_model(**sizes).to(DEVICE).bfloat16()
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(early, "ALLOWED", False)
+    with monkeypatch.context() as patch:
+        patch.setattr(early, "NEXT", 0)
         model.pack()
         plain = DecodeStep(model, rows, graph=False)
         texts = torch.tensor([prompt(40, seed) for seed in range(rows)]).T.tolist()
         expected = [plain(tokens).clone() for tokens in texts]
+    monkeypatch.setattr(early, "NEXT", begins)
     step = DecodeStep(model, rows, graph=True)
     for tokens, logits in zip(texts, expected):
         assert torch.equal(step(tokens), logits)

@@ -102,7 +102,8 @@ def test_gpu_real_sizes(rows, dtype):
 
 @pytest.mark.gpu
 @pytest.mark.skipif(DEVICE == "cpu", reason="no CUDA device")
-def test_gpu_kernels_that_begin_early_wait_for_what_they_read(monkeypatch):
+@pytest.mark.parametrize("begins", [1, 2])
+def test_gpu_kernels_that_begin_early_wait_for_what_they_read(monkeypatch, begins):
     """A chain of products, each of the one before, whose outputs take each other's places; from a graph and without."""
     torch.manual_seed(0)
     weights = [operand(2_048, 2_048, dtype=torch.bfloat16) * 2_048**-0.5 for _ in range(8)]
@@ -123,8 +124,9 @@ def test_gpu_kernels_that_begin_early_wait_for_what_they_read(monkeypatch):
         return torch.cat(results)
 
     with monkeypatch.context() as patch:
-        patch.setattr(early, "ALLOWED", False)
+        patch.setattr(early, "NEXT", 0)
         expected = of_all(chain)
+    monkeypatch.setattr(early, "NEXT", begins)
     assert torch.equal(of_all(chain), expected)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):

@@ -40,6 +40,6 @@ def likeliest(logits: Tensor) -> Tensor:
     early = begin_early(logits.device)
     run(
         find_likeliest, N, (logits, tokens, words), (min(BLOCK, triton.next_power_of_2(words)), early), WARPS,
-        early=early,
+        early=early > 0,
     )  # fmt: skip
     return tokens

@@ -1,8 +1,9 @@
 """Programmatic dependent launch: a kernel begins while the one before it ends, and waits only for its results.
 
-A kernel that is launched so reads nothing before `wait_for_inputs` that the kernel before it may write, and writes
-nothing before it. It lets the next one begin only then, so that all kernels before but that one are complete and
-seen: weights and states that this one does not write may be read ahead. A CUDA graph keeps this.
+A kernel that is launched so writes nothing before `wait_for_inputs`, and reads nothing before it that another such
+kernel may still be writing. What it does read ahead: weights, which none of them writes, and states that were last
+written a step ago. Every step begins with a kernel that is launched in the ordinary way, the lookup of the embedding, and
+so after all of the step before. A CUDA graph keeps this.
 """
 
 # mypy: disable-error-code="no-untyped-def"
@@ -15,20 +16,25 @@ import triton.language as tl
 
 from gdn2.ops.kernels.run import INTERPRET
 
-ALLOWED = True
+# When the next kernel may begin: 0 when this one has ended, 1 once all of this one's programs have done their waiting, 2
+# once all of them have begun.
+NEXT = 1
 
 
 @triton.jit
 def wait_for_inputs(EARLY: tl.constexpr):
-    """Wait until the kernel before is complete, and let the next begin to be launched."""
+    """Wait until the kernel before is complete, and let the next begin: see NEXT."""
+    if EARLY == 2:
+        tl.extra.cuda.gdc_launch_dependents()
     if EARLY:
         tl.extra.cuda.gdc_wait()
+    if EARLY == 1:
         tl.extra.cuda.gdc_launch_dependents()
 
 
-def begin_early(device: torch.device) -> bool:
-    """Whether kernels on this device are launched so: NVIDIA's from compute capability 9.0 on can be."""
-    return ALLOWED and not INTERPRET and _supported(device)
+def begin_early(device: torch.device) -> int:
+    """NEXT, or 0 where kernels cannot be launched so: NVIDIA's can from compute capability 9.0 on."""
+    return NEXT if not INTERPRET and _supported(device) else 0
 
 
 @lru_cache(maxsize=16)

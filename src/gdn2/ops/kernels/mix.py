@@ -124,7 +124,7 @@ def mix(
     early = begin_early(x.device)
     run(
         mix_token, N * H, (x, *low, *weights, *pool, y, scale, largest_erase, L2_EPS, norm_eps),
-        (H, K, V, R, width, WP, KP, VP, RP, early), WARPS, early=early,
+        (H, K, V, R, width, WP, KP, VP, RP, early), WARPS, early=early > 0,
     )  # fmt: skip
     return y
 

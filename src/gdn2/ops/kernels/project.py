@@ -150,6 +150,6 @@ def project(
         project_rows, triton.cdiv(O, BO if swiglu else BO * tiles),
         (x, norm, weight, bias, added, y, eps, O),
         (I, rows, tiles, BO, BI, swiglu, norm is not None, bias is not None, added is not None, early),
-        max(WARPS, wide), early=early,
+        max(WARPS, wide), early=early > 0,
     )  # fmt: skip
     return y
