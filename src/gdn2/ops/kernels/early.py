@@ -2,8 +2,8 @@
 
 A kernel that is launched so writes nothing before `wait_for_inputs`, and reads nothing before it that another such
 kernel may still be writing. What it does read ahead: weights, which none of them writes, and states that were last
-written a step ago. Every step begins with a kernel that is launched in the ordinary way, the lookup of the embedding, and
-so after all of the step before. A CUDA graph keeps this.
+written a step ago. Every step begins with a kernel that is launched in the ordinary way, the lookup of the embedding,
+and so after all of the step before. A CUDA graph keeps this.
 """
 
 # mypy: disable-error-code="no-untyped-def"
@@ -16,8 +16,8 @@ import triton.language as tl
 
 from gdn2.ops.kernels.run import INTERPRET
 
-# When the next kernel may begin: 0 when this one has ended, 1 once all of this one's programs have done their waiting, 2
-# once all of them have begun.
+# When the next kernel may begin: 0 when this one has ended, 1 once all programs of this one have done their waiting,
+# 2 once all of them have begun.
 NEXT = 1
 
 
