@@ -78,7 +78,7 @@ def main() -> None:
     state = decode.State(*(tails[0] for _ in range(3)), torch.zeros(3, H, K, K))
     mix.mix(torch.zeros(3, 5 * keys + 24, dtype=torch.bfloat16), low, weights, state, **options)
     x, weight = torch.zeros(2, 40, dtype=torch.bfloat16), torch.zeros(20, 40, dtype=torch.bfloat16)
-    project.project(x, weight, norm=x[0], bias=x[0, :20], added=x[:, :20], dtype=torch.float32)
+    project.project(x, weight, norm=x[0], added=x[:, :20], dtype=torch.float32)
     project.project(x, weight, norm=x[0], swiglu=True)
     choose.likeliest(torch.zeros(2, 32_000))
     print(*done)

@@ -26,11 +26,11 @@ WARPS, TILES = 4, 2
 
 @triton.jit
 def project_rows(
-    x_ptr, norm_ptr, weight_ptr, bias_ptr, added_ptr, y_ptr, eps, outputs,
+    x_ptr, norm_ptr, weight_ptr, added_ptr, y_ptr, eps, outputs,
     I: tl.constexpr, ROWS: tl.constexpr, TILES: tl.constexpr, BO: tl.constexpr, BI: tl.constexpr, PAIR: tl.constexpr,
-    NORM: tl.constexpr, BIAS: tl.constexpr, ADD: tl.constexpr, EARLY: tl.constexpr,
+    NORM: tl.constexpr, ADD: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
-    """y[n, o] = sum_i W[o, i] h[n, i] + bias[o] + added[n, o] for all ROWS rows n, and TILES times BO outputs o.
+    """y[n, o] = sum_i W[o, i] h[n, i] + added[n, o] for all ROWS rows n, and TILES times BO outputs o.
 
     h is x, or with NORM x / sqrt(mean(x^2) + eps) * norm. As a PAIR, W [2 * outputs, I] is a gate above an up
     projection, of which a program takes BO outputs as its two tiles, and the sum is silu(gate) * up.
@@ -79,12 +79,12 @@ def project_rows(
         if PAIR:
             gate = tl.sum(sums[n * TILES], 1) * share
             y = gate * sigmoid(gate, tl.float32) * (tl.sum(sums[n * TILES + 1], 1) * share)
-            store_outputs(y, tl.program_id(0) * BO + lanes, n, bias_ptr, added_ptr, y_ptr, outputs, BIAS, ADD)
+            store_outputs(y, tl.program_id(0) * BO + lanes, n, added_ptr, y_ptr, outputs, ADD)
         else:
             for tile in tl.static_range(TILES):
                 out = (tl.program_id(0) * TILES + tile) * BO + lanes
                 y = tl.sum(sums[n * TILES + tile], 1) * share
-                store_outputs(y, out, n, bias_ptr, added_ptr, y_ptr, outputs, BIAS, ADD)
+                store_outputs(y, out, n, added_ptr, y_ptr, outputs, ADD)
 
 
 @triton.jit
@@ -104,9 +104,7 @@ def load_columns(at, i, WHOLE: tl.constexpr, I: tl.constexpr):
 
 
 @triton.jit
-def store_outputs(y, out, n, bias_ptr, added_ptr, y_ptr, outputs, BIAS: tl.constexpr, ADD: tl.constexpr):
-    if BIAS:
-        y += tl.load(bias_ptr + out, mask=out < outputs, other=0.0).to(tl.float32)
+def store_outputs(y, out, n, added_ptr, y_ptr, outputs, ADD: tl.constexpr):
     if ADD:
         y += tl.load(added_ptr + n * outputs + out, mask=out < outputs, other=0.0).to(tl.float32)
     tl.store(y_ptr + n * outputs + out, y.to(y_ptr.dtype.element_ty), mask=out < outputs)
@@ -126,12 +124,11 @@ def project(
     *,
     norm: Tensor | None = None,
     eps: float = 0.0,
-    bias: Tensor | None = None,
     added: Tensor | None = None,
     swiglu: bool = False,
     dtype: torch.dtype | None = None,
 ) -> Tensor:
-    """W h + bias + added [..., O] in `dtype`, x's unless given, for what `fits`; no gradients.
+    """W h + added [..., O] in `dtype`, x's unless given, for what `fits`; no gradients.
 
     x [..., I] and weight [O, I] of one dtype. h is x, or with `norm` [I] its RMSNorm of that weight and eps. With
     `swiglu` weight [2 O, I] is a gate above an up projection, and silu(gate h) * (up h) takes the place of W h.
@@ -148,8 +145,8 @@ def project(
     BO = max(1, WARPS // wide)
     run(
         project_rows, triton.cdiv(O, BO if swiglu else BO * tiles),
-        (x, norm, weight, bias, added, y, eps, O),
-        (I, rows, tiles, BO, BI, swiglu, norm is not None, bias is not None, added is not None, early),
+        (x, norm, weight, added, y, eps, O),
+        (I, rows, tiles, BO, BI, swiglu, norm is not None, added is not None, early),
         max(WARPS, wide), early=early > 0,
     )  # fmt: skip
     return y
