@@ -13,7 +13,8 @@ is printed when it is measured, and appended to FILE. Rows:
                             floor: the time to read the weights once and the states once (memories: and to write them);
                             all texts have --context tokens behind them
     kernels:MODEL:BATCH     the kernels of such a step on a GPU: how often, microseconds of all of them, name; busy_us
-                            is the time in which any ran: kernels that begin early run beside each other
+                            is the time in which any ran: kernels that begin early run beside each other; and the first
+                            ones in their order: when, how long, name
     narrow:MODEL:BATCH      the same as step with memories in bfloat16; recurrent models alone
     context:MODEL:LENGTH    the same of one text with that many tokens behind it
     text:MODEL              tokens/s of `gdn2.generate.generate`, greedy and sampled, one text
@@ -163,7 +164,9 @@ def kernels_row(model: LanguageModel, clock: Clock, rate: float, batch: int, con
         until = max(until, end)
     kernels = [[len(us) / steps, round(sum(us) / steps, 1), name[:80]] for name, us in times.items()]
     kernels.sort(key=lambda kernel: -kernel[1])
-    return {"count": len(events) / steps, "busy_us": busy / steps, "kernels": kernels}
+    last = [(e.time_range.start, e.time_range.end, e.name) for e in events[-(len(events) // steps) :]]
+    first = [[round(begin - last[0][0], 1), round(end - begin, 1), name[:40]] for begin, end, name in last[:16]]
+    return {"count": len(events) / steps, "busy_us": busy / steps, "kernels": kernels, "first": first}
 
 
 def text_row(model: LanguageModel, clock: Clock, rate: float, tokens: int) -> Row:
