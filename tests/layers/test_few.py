@@ -109,7 +109,7 @@ def test_gpu_graph_says_what_steps_say(monkeypatch, rows, begins):
     """Kernels that begin early, from a graph, beside kernels that do not, at the sizes of 1.3 billion parameters."""
     from gdn2.ops.kernels import early
 
-    sizes = {"d_model": 2_304, "mlp_width": 6_208, "num_heads": 16, "key_dim": 128, "value_dim": 128, "num_layers": 4}
+    sizes = {"d_model": 2_304, "mlp_width": 6_208, "num_heads": 16, "key_dim": 128, "value_dim": 128, "num_layers": 2}
     model = small_model(**sizes).to(DEVICE).bfloat16()
     with monkeypatch.context() as patch:
         patch.setattr(early, "NEXT", 0)
