@@ -3,6 +3,7 @@
     python benchmarks/gpu_generate.py --json rows.jsonl
     python benchmarks/gpu_generate.py --rows 'step:gdn2-1.3b:*' 'first:*'
     python benchmarks/gpu_generate.py --device cpu --models gdn2-tiny transformer-full-tiny --batches 1 2
+    python benchmarks/gpu_generate.py --rows 'step:gdn2-1.3b:1' --set project.MOST_ROWS=0
 
 Models have random weights, in bfloat16 on a GPU; PRESET+int8 and PRESET+fp8 hold the large ones in 8 bits. Every row
 is printed when it is measured, and appended to FILE. Rows:
@@ -11,17 +12,22 @@ is printed when it is measured, and appended to FILE. Rows:
     step:MODEL:BATCH        one decoding step of that many texts, from a CUDA graph, each step reading the one before;
                             floor: the time to read the weights once and the states once (memories: and to write them);
                             all texts have --context tokens behind them
-    narrow:MODEL:BATCH      the same with memories in bfloat16; recurrent models alone
+    kernels:MODEL:BATCH     the kernels of such a step on a GPU: how often, microseconds of all of them, name; busy_us
+                            is the time in which any ran: kernels that begin early run beside each other; and the first
+                            ones in their order: when, how long, name
+    narrow:MODEL:BATCH      the same as step with memories in bfloat16; recurrent models alone
     context:MODEL:LENGTH    the same of one text with that many tokens behind it
     text:MODEL              tokens/s of `gdn2.generate.generate`, greedy and sampled, one text
     first:MODEL:LENGTH      seconds to the first token of a prompt, read in chunks
     memory:MODEL:CONTEXT    bytes of state of one text after that many tokens (from shapes), and where it was really
                             read (--read at most): bytes that the state takes, and the peak beyond weights while reading
 
---list shows the rows that a command would measure.
+--list shows the rows that a command would measure. --set gives constants of gdn2.ops.kernels another value, to see what
+they are worth: project.MOST_ROWS=0 takes the library's products, early.NEXT=0 lets no kernel begin early.
 """
 
 import argparse
+import importlib
 import json
 import statistics
 import time
@@ -135,6 +141,34 @@ def step_row(
     }  # fmt: skip
 
 
+@torch.inference_mode()
+def kernels_row(model: LanguageModel, clock: Clock, rate: float, batch: int, context: int) -> Row:
+    step, steps = DecodeStep(model, batch), 4
+    step.make_room(context + 1)
+    tokens = torch.zeros(batch, dtype=torch.int64, device=clock.device)
+    for _ in range(steps):
+        step(tokens)
+    clock.wait()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        for _ in range(steps):
+            step(tokens)
+        clock.wait()
+    times: dict[str, list[float]] = {}
+    busy, until = 0.0, float("-inf")
+    events = [e for e in profile.events() or () if e.device_type == torch.autograd.DeviceType.CUDA]
+    events.sort(key=lambda e: e.time_range.start)
+    for event in events:
+        begin, end = event.time_range.start, event.time_range.end
+        times.setdefault(event.name, []).append(end - begin)
+        busy += max(0.0, end - max(begin, until))
+        until = max(until, end)
+    kernels = [[len(us) / steps, round(sum(us) / steps, 1), name[:80]] for name, us in times.items()]
+    kernels.sort(key=lambda kernel: -kernel[1])
+    last = [(e.time_range.start, e.time_range.end, e.name) for e in events[-(len(events) // steps) :]]
+    first = [[round(begin - last[0][0], 1), round(end - begin, 1), name[:40]] for begin, end, name in last[:16]]
+    return {"count": len(events) / steps, "busy_us": busy / steps, "kernels": kernels, "first": first}
+
+
 def text_row(model: LanguageModel, clock: Clock, rate: float, tokens: int) -> Row:
     row: Row = {"tokens": tokens}
     for name, settings in (("greedy", {"temperature": 0.0}), ("sampled", {"temperature": 0.8, "top_p": 0.9})):
@@ -188,6 +222,9 @@ def plan(options: argparse.Namespace) -> list[tuple[str, str, Callable[..., Row]
         full = attention and config.window is None
         for batch in options.batches:
             rows.append((f"step:{model}:{batch}", model, partial(step_row, batch=batch, context=options.context)))
+            if options.device.startswith("cuda"):
+                measure = partial(kernels_row, batch=batch, context=options.context)
+                rows.append((f"kernels:{model}:{batch}", model, measure))
             if recurrent and "+" not in model:
                 measure = partial(step_row, batch=batch, context=options.context, memory=torch.bfloat16)
                 rows.append((f"narrow:{model}:{batch}", model, measure))
@@ -224,7 +261,21 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--chunk", type=int, default=8_192, help="prompt tokens read at once")
     parser.add_argument("--copy", type=int, default=2**30, help="bytes of the copy that measures the bandwidth")
+    parser.add_argument("--set", nargs="+", default=[], metavar="MODULE.NAME=INTEGER", help="constants of the kernels")
     return parser.parse_args(arguments)
+
+
+def set_constant(wanted: str) -> None:
+    """Give a constant of gdn2.ops.kernels the value in MODULE.NAME=INTEGER."""
+    try:
+        path, value = wanted.split("=")
+        module, name = path.split(".")
+        holder = importlib.import_module(f"gdn2.ops.kernels.{module}")
+        getattr(holder, name)
+        setattr(holder, name, int(value))
+    except (ValueError, AttributeError, ModuleNotFoundError) as error:
+        expected = "MODULE.NAME=INTEGER, such as project.MOST_ROWS=0"
+        raise SystemExit(f"--set {wanted}: {error}; expected {expected}") from None
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -235,6 +286,8 @@ def main(arguments: list[str] | None = None) -> None:
         return
     if not chosen:
         raise SystemExit(f"no row is called {' or '.join(options.rows)}; --list shows the names")
+    for wanted in options.set:
+        set_constant(wanted)
     device = torch.device(options.device)
     clock = Clock(device)
 

@@ -71,3 +71,20 @@ def test_rows_are_chosen_by_name(capsys):
     ]  # fmt: skip
     with pytest.raises(SystemExit, match="no row is called steps"):
         script("gpu_generate").main(["--rows", "steps"])
+
+
+@pytest.mark.parametrize("wanted", ["project.MOST_ROWS", "project.NONE=1", "none.MOST_ROWS=1", "project.MOST_ROWS=x"])
+def test_constants_that_are_not_there_are_refused(wanted):
+    with pytest.raises(SystemExit, match=f"--set {wanted}: .*; expected MODULE.NAME=INTEGER"):
+        script("gpu_generate").main(["--device", "cpu", "--rows", "step:*", "--set", wanted])
+
+
+def test_constants_of_kernels_are_set(monkeypatch):
+    from gdn2.ops.kernels import early, project
+
+    monkeypatch.setattr(project, "MOST_ROWS", project.MOST_ROWS)
+    monkeypatch.setattr(early, "NEXT", early.NEXT)
+    change = script("gpu_generate").set_constant
+    change("project.MOST_ROWS=0")
+    change("early.NEXT=0")
+    assert (project.MOST_ROWS, early.NEXT) == (0, 0)

@@ -61,7 +61,7 @@ class Recite(nn.Module):
     def step(self, tokens, state):
         hidden, (after,) = self(tokens, state)
         state[0].count.copy_(after.count)
-        return hidden[:, -1]
+        return self.logits(hidden[:, -1])
 
     def logits(self, hidden):
         ids = [text[min(n, len(text) - 1)] for text, n in zip(self.texts, hidden[:, 0].int().tolist())]

@@ -22,7 +22,7 @@ ALLOWED = {
     "model": {"config", "layers", "ops"},
     "presets": {"config"},
     "info": {"config", "model", "layers"},
-    "decoding": {"layers", "model"},
+    "decoding": {"layers", "model", "ops"},
     "generate": {"decoding", "layers", "model"},
     "data": set(),
     "training": {"config", "data", "generate", "info", "layers", "model", "ops"},

@@ -22,6 +22,7 @@ from gdn2.layers.state import (
     with_room,
 )
 from gdn2.model import LanguageModel
+from gdn2.ops.fused import fused
 
 LEAST_ROOM = 64  # keys; full attention's room grows by a quarter, so that a graph is captured anew only now and then
 
@@ -162,10 +163,9 @@ class DecodeStep:
             hidden, after = self.model(self._tokens, wide_memory(self.state))
             for block, new in zip(self.state, after if self.room is None else with_room(after, self.room)):
                 overwrite(block, new)
-            hidden = hidden[:, -1]
+            self.logits = self.model.logits(hidden[:, -1])
         else:
-            hidden = self.model.step(self._tokens, self.state)
-        self.logits = self.model.logits(hidden)
+            self.logits = self.model.step(self._tokens, self.state)
         self.likeliest = likeliest_tokens(self.logits)
 
     def _capture(self) -> None:
@@ -192,6 +192,10 @@ def _tensors(state: Any) -> list[Tensor]:
 
 def likeliest_tokens(logits: Tensor) -> Tensor:
     """[N, vocab] -> [N] int64, -1 where a logit is NaN; it does not wait for the GPU."""
+    if fused(logits):
+        from gdn2.ops.kernels.choose import likeliest
+
+        return likeliest(logits)
     tokens = logits.argmax(-1)
     broken = logits.gather(1, tokens[:, None])[:, 0].isnan()  # to argmax a NaN is the largest number
     return tokens.masked_fill(broken, -1)

@@ -26,6 +26,7 @@ from gdn2.layers import (
     SlidingWindowAttention,
     SwiGLU,
 )
+from gdn2.layers.few import few
 from gdn2.layers.linear import Linear, at_least_float32
 from gdn2.layers.quantized import QuantizedLinear
 
@@ -81,11 +82,17 @@ class Block(nn.Module):
         x = x + mixed
         return x + self.mlp(self.mlp_norm(x)), state
 
-    def step(self, x: Tensor, added: Tensor | None, state: LayerState) -> tuple[Tensor, Tensor]:
+    def step(self, x: Tensor, added: Tensor | None, state: LayerState) -> tuple[Tensor, Tensor | None]:
         """`forward` of one token of each sequence, on x + added; `state` is written in place.
 
-        The result is a sum too, of its two tensors: each sum is formed together with the norm that follows it.
+        The result is a sum too, of its two tensors: each sum is formed together with the norm that follows it. With few
+        sequences it is one tensor, each sum formed by the product before it, each norm by the product after it.
         """
+        mixer: Any = self.mixer
+        able = isinstance(self.mixer, (GatedDeltaNet2, SlidingWindowAttention))
+        if able and self.mlp.few(x) and mixer.few(x, state):
+            x = x if added is None else x + added
+            return self.mlp.step_sum(mixer.step_sum(x, self.mixer_norm, state), self.mlp_norm), None
         x, normed = (x, self.mixer_norm(x)) if added is None else self.mixer_norm.of_sum(x, added)
         x, normed = self.mlp_norm.of_sum(x, cast(Mixer, self.mixer).step(normed, state))
         return x, self.mlp.step(normed)
@@ -190,13 +197,19 @@ class LanguageModel(nn.Module):
             state: one entry per block, N rows each.
 
         Returns:
-            hidden [N, d_model] after the final norm.
+            The logits of the next token, as from `logits`: [N, vocab_size].
         """
         x, added = self.embedding(tokens), None
         for block, own in zip(self.blocks, state):
             x, added = cast(Block, block).step(x, added, own)
+        head = self.embedding if self.head is None else self.head
+        if added is None and few(x, head):
+            from gdn2.ops.kernels.project import project
+
+            weight = cast(Linear, head).weight
+            return project(x[:, -1], weight, norm=self.norm.weight, eps=self.norm.eps, dtype=torch.float32)
         hidden: Tensor = self.norm(x) if added is None else self.norm.of_sum(x, added)[1]
-        return hidden[:, -1]
+        return self.logits(hidden[:, -1])
 
     def pack(self) -> None:
         """Put weights that `step` reads together side by side in memory; parameters become views, nothing is held

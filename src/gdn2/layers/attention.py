@@ -13,7 +13,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from gdn2.layers.few import few
 from gdn2.layers.linear import Linear, at_least_float32
+from gdn2.layers.norm import RMSNorm
+from gdn2.layers.packed import Packed
 from gdn2.layers.state import AttentionState, check_kind, count_sequences
 from gdn2.ops.fused import fused
 from gdn2.ops.short_conv import sequence_of_token
@@ -59,6 +62,7 @@ class SlidingWindowAttention(nn.Module):
         self.k_proj = Linear(d_model, d_model, bias=False)
         self.v_proj = Linear(d_model, d_model, bias=False)
         self.out_proj = Linear(d_model, d_model, bias=False)
+        self._packed: Packed | None = None
 
     def flops(self, context: int) -> float:
         """Per token, besides the Linears, the mean over `context` tokens: 2 d_model to score each key in sight, and 2
@@ -149,11 +153,7 @@ class SlidingWindowAttention(nn.Module):
         heads = (self.num_heads, self.head_dim)
         q, k, v = (proj(x).unflatten(-1, heads) for proj in (self.q_proj, self.k_proj, self.v_proj))
         if fused(q) and state.keys.dtype == state.values.dtype == q.dtype:
-            from gdn2.ops.kernels.attend import attend
-
-            scale = self.head_dim**-0.5 if self.scale is None else self.scale
-            o = attend(q[:, 0], k[:, 0], v[:, 0], self._frequencies(x.device), *state, scale)
-            return self.out_proj(o.flatten(1)[:, None])
+            return self.out_proj(self._attend(q[:, 0], k[:, 0], v[:, 0], state))
         positions = state.position[:, None]
         angles = rotary_angles(positions, rotary_frequencies(self.head_dim, *self.rope, device=x.device))
         q, k = rotate(q, angles), rotate(k, angles)
@@ -164,6 +164,31 @@ class SlidingWindowAttention(nn.Module):
         seen = _newest(state.position, slots) >= 0
         o = _sdpa(q, state.keys.to(q.dtype), state.values.to(q.dtype), seen[:, None], self.scale)
         return self.out_proj(o.flatten(-2))
+
+    def pack(self) -> None:
+        """Put the three projections side by side for `step_sum`, where they can be and are not yet."""
+        self._packed = Packed.of([self.q_proj, self.k_proj, self.v_proj], self._packed)
+
+    def few(self, x: Tensor, state: AttentionState) -> bool:
+        """Whether `step_sum` can take x and the state: few rows, on a GPU, after `pack`."""
+        alike = state.keys.dtype == state.values.dtype == x.dtype
+        return alike and self._packed is not None and self._packed.valid and few(x, self.q_proj, self.out_proj)
+
+    def step_sum(self, x: Tensor, norm: RMSNorm, state: AttentionState) -> Tensor:
+        """x + step(norm(x), state), in four kernels; for what is `few`."""
+        from gdn2.ops.kernels.project import project
+
+        assert self._packed is not None
+        projected = project(x, self._packed.matrix, norm=norm.weight, eps=norm.eps)
+        q, k, v = projected.view(-1, 3, self.num_heads, self.head_dim).unbind(1)
+        return project(self._attend(q, k, v, state), self.out_proj.weight, added=x)
+
+    def _attend(self, q: Tensor, k: Tensor, v: Tensor, state: AttentionState) -> Tensor:
+        """[N, 1, d_model] of one token's q, k, v [N, heads, head_dim] by the fused kernels."""
+        from gdn2.ops.kernels.attend import attend
+
+        scale = self.head_dim**-0.5 if self.scale is None else self.scale
+        return attend(q, k, v, self._frequencies(q.device), *state, scale).flatten(1)[:, None]
 
     def _frequencies(self, device: torch.device) -> Tensor:
         """`rotary_frequencies` of this layer, made once for a device; for steps, which have no gradients."""

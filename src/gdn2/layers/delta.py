@@ -6,9 +6,10 @@ from typing import TYPE_CHECKING, cast
 import torch
 from torch import Tensor, nn
 
+from gdn2.layers.few import few
 from gdn2.layers.gates import ChannelGates, Gates
 from gdn2.layers.linear import Linear, at_least_float32, check_sizes, low_rank
-from gdn2.layers.norm import GatedRMSNorm, l2_norm
+from gdn2.layers.norm import GatedRMSNorm, RMSNorm, l2_norm
 from gdn2.layers.packed import Packed
 from gdn2.layers.state import DeltaState, check_kind, count_sequences, overwrite
 from gdn2.ops import gated_delta_rule_2
@@ -19,6 +20,7 @@ from gdn2.ops.short_conv import short_conv
 
 if TYPE_CHECKING:
     from gdn2.ops.kernels.decode import Token, Weights
+    from gdn2.ops.kernels.mix import LowRank
 
 
 class DeltaMixer(nn.Module):
@@ -239,6 +241,25 @@ class GatedDeltaNet2(DeltaMixer):
         y = decode.decode_in_place(token, weights, decode.State(*state), None, **self._options())
         return self.out_proj(y).unsqueeze(1)
 
+    def few(self, x: Tensor, state: DeltaState) -> bool:
+        """Whether `step_sum` can take x and the state: few rows, on a GPU, after `pack`, heads as `mix` takes them."""
+        if self._packed is None or not (self._packed.valid and self.gates.plain and few(x, self.q_proj, self.out_proj)):
+            return False
+        from gdn2.ops.kernels import decode, mix
+
+        return mix.fits(decode.State(*state), self._low_rank())
+
+    def step_sum(self, x: Tensor, norm: RMSNorm, state: DeltaState) -> Tensor:
+        """x + step(norm(x), state), in three kernels; for what is `few`."""
+        from gdn2.ops.kernels import decode, mix
+        from gdn2.ops.kernels.project import project
+
+        check_kind(state, DeltaState)
+        assert self._packed is not None
+        projected = project(x, self._packed.matrix, norm=norm.weight, eps=norm.eps).flatten(1)
+        y = mix.mix(projected, self._low_rank(), self._weights(), decode.State(*state), **self._options())
+        return project(y.unsqueeze(1), self.out_proj.weight, added=x)
+
     def pack(self) -> None:
         """Put all that reads the layer's input side by side for the fused step, where it can be and is not yet."""
         low_decay = cast(nn.Sequential, self.gates.decay.projection)[0]
@@ -267,8 +288,19 @@ class GatedDeltaNet2(DeltaMixer):
             q, k, v, b, w, low_f, low_gate = self._packed(x)
             f, gate = cast(nn.Sequential, decay.projection)[1](low_f), self.output_gate[1](low_gate)
             projected = q, k, v, f, b, w, gate
-        weights = decode.Weights(self.conv_q, self.conv_k, self.conv_v, decay.rate, decay.delta, self.norm.weight)
-        return decode.Token(*(p.flatten(1) for p in projected)), weights
+        return decode.Token(*(p.flatten(1) for p in projected)), self._weights()
+
+    def _weights(self) -> "Weights":
+        from gdn2.ops.kernels import decode
+
+        decay = self.gates.decay
+        return decode.Weights(self.conv_q, self.conv_k, self.conv_v, decay.rate, decay.delta, self.norm.weight)
+
+    def _low_rank(self) -> "LowRank":
+        from gdn2.ops.kernels import mix
+
+        f, gate = cast(nn.Sequential, self.gates.decay.projection)[1], cast(nn.Linear, self.output_gate[1])
+        return mix.LowRank(cast(nn.Linear, f).weight, gate.weight, gate.bias)
 
     def _options(self) -> dict[str, float]:
         return {

@@ -3,7 +3,9 @@
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from gdn2.layers.few import few
 from gdn2.layers.linear import Linear
+from gdn2.layers.norm import RMSNorm
 from gdn2.layers.packed import Packed
 from gdn2.ops.fused import fused
 
@@ -34,3 +36,15 @@ class SwiGLU(nn.Module):
 
         y: Tensor = self.down(swiglu(self._packed.product(x)))
         return y
+
+    def few(self, x: Tensor) -> bool:
+        """Whether `step_sum` can take x: few rows, on a GPU, after `pack`."""
+        return self._packed is not None and self._packed.valid and few(x, self.gate, self.down)
+
+    def step_sum(self, x: Tensor, norm: RMSNorm) -> Tensor:
+        """x + step(norm(x)), in two kernels; for what is `few`."""
+        from gdn2.ops.kernels.project import project
+
+        assert self._packed is not None
+        y = project(x, self._packed.matrix, norm=norm.weight, eps=norm.eps, swiglu=True)
+        return project(y, self.down.weight, added=x)

@@ -10,16 +10,16 @@ from torch import Tensor, nn
 class Packed:
     """One matrix that holds the weights of several Linears without biases, whose parameters become views of its rows.
 
-    So nothing is held twice, and changes of a weight in place are seen. A Linear that is given another tensor, by a
-    move or a cast, ends it: `valid` then says so.
+    `matrix` [sum of sizes, in] is that. So nothing is held twice, and changes of a weight in place are seen. A Linear
+    that is given another tensor, by a move or a cast, ends it: `valid` then says so.
     """
 
     @torch.inference_mode(False)
     @torch.no_grad()
     def __init__(self, linears: Sequence[nn.Linear]) -> None:
         self._linears, self.sizes = linears, [linear.out_features for linear in linears]
-        self._matrix = torch.cat([linear.weight for linear in linears])
-        self._views = self._matrix.split(self.sizes)
+        self.matrix = torch.cat([linear.weight for linear in linears])
+        self._views = self.matrix.split(self.sizes)
         for linear, rows in zip(linears, self._views):
             linear.weight.data = rows
 
@@ -43,7 +43,7 @@ class Packed:
 
     def product(self, x: Tensor) -> Tensor:
         """[..., in] -> [..., sum of sizes], the Linears' outputs beside each other."""
-        return F.linear(x, self._matrix)
+        return F.linear(x, self.matrix)
 
     def __call__(self, x: Tensor) -> tuple[Tensor, ...]:
         """[..., in] -> the output of each Linear, views of one tensor."""

@@ -296,11 +296,37 @@ def _in_place_errors(dtype: torch.dtype, device: torch.device) -> dict[str, floa
         for n, x in enumerate(torch.randn(4, 3, 1, part.d_model)):
             y, z = narrow.step(x.to(device, dtype), own), exact.step(x.to(dtype).double(), wide)
             errors[f"{name} {n}"] = relative(y, z)
+    errors |= _few_errors(dtype, device)
     x = torch.randn(3, 1, 256)
     held("sum and norm", lambda part, x: torch.cat(part.of_sum(x, 2 * x)), RMSNorm(256), x)
     held("SwiGLU", lambda part, x: part.step(x), SwiGLU(256, 300), x)
     for kind in ("int8", "fp8"):
         held(kind, lambda part, x: part(x), QuantizedLinear(Linear(256, 70, bias=False), kind), x)
+    return errors
+
+
+def _few_errors(dtype: torch.dtype, device: torch.device) -> dict[str, float]:
+    """Of the layers as they decode few texts, by other kernels, with the norm before and the residual sum after."""
+    from gdn2.layers import GatedDeltaNet2, RMSNorm, SlidingWindowAttention, SwiGLU
+
+    def summed(part: Any, x: Tensor, norm: RMSNorm, *state: Any) -> Tensor:
+        y: Tensor = part.step_sum(x, norm, *state) if part.few(x, *state) else x + part.step(norm(x), *state)
+        return y
+
+    errors: dict[str, float] = {}
+    part: Any
+    for name, part in (
+        ("mixer", GatedDeltaNet2(64, 1)),
+        ("attention", SlidingWindowAttention(64, 2, window=3)),
+        ("SwiGLU", SwiGLU(64, 100)),
+    ):
+        norm, (narrow, exact) = RMSNorm(64), (copy.deepcopy(part).to(device, dtype), part.to(dtype).to(CPU).double())
+        narrow.pack()
+        for rows in (1, 3):
+            states = [()] * 2 if name == "SwiGLU" else [(layer.initial_state(rows),) for layer in (narrow, exact)]
+            for n, x in enumerate(torch.randn(4, rows, 1, 64).mul(0.01).to(dtype)):  # the sum does not hide the rest
+                y = summed(narrow, x.to(device), copy.deepcopy(norm).to(device, dtype), *states[0])
+                errors[f"{rows} of {name} {n}"] = relative(y, summed(exact, x.double(), norm.double(), *states[1]))
     return errors
 
 

@@ -7,9 +7,9 @@ import sys
 import torch
 
 KERNELS = {
-    "carry_tail", "convolve", "convolve_back", "fold_segments", "key_gradients", "locate_tokens", "map_segments",
-    "map_segments_back", "normalize", "normalize_back", "prepare_chunks", "prepare_token", "recur_token", "scan_back",
-    "scan_chunks", "tail_back", "value_gradients",
+    "carry_tail", "convolve", "convolve_back", "find_likeliest", "fold_segments", "key_gradients", "locate_tokens",
+    "map_segments", "map_segments_back", "mix_token", "normalize", "normalize_back", "prepare_chunks", "prepare_token",
+    "project_rows", "recur_token", "scan_back", "scan_chunks", "tail_back", "value_gradients",
 }  # fmt: skip
 
 
@@ -20,7 +20,7 @@ def main() -> None:
     from triton.compiler import ASTSource
     from triton.tools.tensor_descriptor import TensorDescriptor
 
-    from gdn2.ops.kernels import conv, decode, launch, norm
+    from gdn2.ops.kernels import choose, conv, decode, launch, mix, norm, project
 
     kinds = {
         torch.bfloat16: "*bf16", torch.float32: "*fp32", torch.int32: "*i32", torch.int64: "*i64",
@@ -33,16 +33,19 @@ def main() -> None:
             return f"tensordesc<{kinds[x.base.dtype][1:]}[{', '.join(map(str, x.block_shape))}]>"
         return kinds[x.dtype if isinstance(x, torch.Tensor) else type(x)]
 
-    def compile_only(kernel, programs, args, constants, warps=4, stages=1):
+    def compile_only(kernel, programs, args, constants, warps=4, stages=1, early=False):
         given = [kind_of(x) for x in args]
         signature = dict(zip(kernel.arg_names, given + ["constexpr"] * len(constants), strict=True))
         values = {name: x for name, x in zip(kernel.arg_names, (*args, *constants)) if signature[name] == "constexpr"}
         source = ASTSource(fn=kernel, signature=signature, constexprs=values)
-        triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": warps, "num_stages": stages})
+        options = {"num_warps": warps, "num_stages": stages, "launch_pdl": early}
+        compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
+        assert early == ("griddepcontrol.wait" in compiled.asm["ptx"])
         done.add(kernel.fn.__name__)
 
-    for module in (conv, decode, launch, norm):
+    for module in (choose, conv, decode, launch, mix, norm, project):
         module.run = compile_only
+    mix.begin_early = project.begin_early = choose.begin_early = lambda device: 1
 
     def leaf(*shape, dtype=torch.bfloat16):
         return torch.zeros(shape, dtype=dtype).requires_grad_()
@@ -78,6 +81,15 @@ def main() -> None:
     options = {"scale": 1.0, "largest_erase": 1.0, "norm_eps": 1e-5}
     decode.decode(token, weights, state, **options)
     decode.decode_in_place(token, weights, state, torch.arange(3), **options)
+    low = mix.LowRank(*(torch.zeros(n, 12, dtype=torch.bfloat16) for n in (keys, keys)), torch.zeros(keys))
+    taps = [torch.zeros(keys, 4)] * 3
+    weights = decode.Weights(*taps, torch.zeros(H), torch.zeros(keys), torch.zeros(K))
+    state = decode.State(*(tails[0] for _ in range(3)), torch.zeros(3, H, K, K))
+    mix.mix(torch.zeros(3, 5 * keys + 24, dtype=torch.bfloat16), low, weights, state, **options)
+    x, weight = torch.zeros(2, 40, dtype=torch.bfloat16), torch.zeros(20, 40, dtype=torch.bfloat16)
+    project.project(x, weight, norm=x[0], added=x[:, :20], dtype=torch.float32)
+    project.project(x, weight, norm=x[0], swiglu=True)
+    choose.likeliest(torch.zeros(2, 32_000))
     print(*done)
 
 

@@ -60,21 +60,31 @@ class State(NamedTuple):
 
 
 @triton.jit
-def convolve_token(
-    x_ptr, taps_ptr, tail_ptr, out_ptr, row, cols, mask, D: tl.constexpr, WIDTH: tl.constexpr, WP: tl.constexpr,
-):  # fmt: skip
-    """The convolution's output for one token, whose channels begin at x; its tail moves on by one input."""
-    PAST: tl.constexpr = WIDTH - 1
-    m = tl.arange(0, WP)[:, None]  # the inputs, oldest first: the tail's and the token's
+def load_tail(tail_ptr, taps_ptr, row, cols, mask, D: tl.constexpr, WIDTH: tl.constexpr, WP: tl.constexpr):
+    """The past inputs [WP, cols] of a convolution, oldest first, and its taps."""
+    m = tl.arange(0, WP)[:, None]
     inside = mask[None, :] & (m < WIDTH)
-    at = (row * PAST + m) * D + cols[None, :]
-    old = tl.load(tail_ptr + at, mask=inside & (m < PAST), other=0.0)
-    new = tl.load(x_ptr + cols[None, :] + 0 * m, mask=inside & (m == PAST), other=0.0)
-    inputs = tl.where(m < PAST, old, new)
-    taps = tl.load(taps_ptr + cols[None, :] * WIDTH + m, mask=inside, other=0.0).to(tl.float32)
-    u = tl.sum(inputs.to(tl.float32) * taps, 0)
+    old = tl.load(tail_ptr + (row * (WIDTH - 1) + m) * D + cols[None, :], mask=inside & (m < WIDTH - 1), other=0.0)
+    return old, tl.load(taps_ptr + cols[None, :] * WIDTH + m, mask=inside, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def load_newest(x_ptr, cols, mask, WIDTH: tl.constexpr, WP: tl.constexpr):
+    """The token's own input [WP, cols] after the past ones, which are zeros here; its channels begin at x."""
+    m = tl.arange(0, WP)[:, None]
+    return tl.load(x_ptr + cols[None, :] + 0 * m, mask=mask[None, :] & (m == WIDTH - 1), other=0.0)
+
+
+@triton.jit
+def convolve_token(tail, newest, out_ptr, row, cols, mask, D: tl.constexpr, WIDTH: tl.constexpr, WP: tl.constexpr):
+    """The convolution's output for one token; its tail moves on by one input."""
+    PAST: tl.constexpr = WIDTH - 1
+    m = tl.arange(0, WP)[:, None]
+    inputs = tl.where(m < PAST, tail[0], newest)
+    u = tl.sum(inputs.to(tl.float32) * tail[1], 0)
     tl.debug_barrier()  # several threads may hold one number: all have read the old tail before one writes over it
-    tl.store(out_ptr + at - D, inputs, mask=inside & (m > 0))
+    at = out_ptr + (row * PAST + m - 1) * D + cols[None, :]
+    tl.store(at, inputs, mask=mask[None, :] & (m < WIDTH) & (m > 0))
     return u * sigmoid(u, tl.float32)
 
 
@@ -94,8 +104,12 @@ def prepare_token(
         is_key = keys < K
         key = part * K + keys
         q_ptr, k_ptr = q_ptr + sequence * stride_q, k_ptr + sequence * stride_k
-        q = convolve_token(q_ptr, conv_q_ptr, tail_q_ptr, tail_q_out_ptr, row, key, is_key, H * K, WIDTH, WP)
-        k = convolve_token(k_ptr, conv_k_ptr, tail_k_ptr, tail_k_out_ptr, row, key, is_key, H * K, WIDTH, WP)
+        tail_q = load_tail(tail_q_ptr, conv_q_ptr, row, key, is_key, H * K, WIDTH, WP)
+        new_q = load_newest(q_ptr, key, is_key, WIDTH, WP)
+        tail_k = load_tail(tail_k_ptr, conv_k_ptr, row, key, is_key, H * K, WIDTH, WP)
+        new_k = load_newest(k_ptr, key, is_key, WIDTH, WP)
+        q = convolve_token(tail_q, new_q, tail_q_out_ptr, row, key, is_key, H * K, WIDTH, WP)
+        k = convolve_token(tail_k, new_k, tail_k_out_ptr, row, key, is_key, H * K, WIDTH, WP)
         q *= tl.rsqrt(tl.sum(q * q) + l2_eps) * scale
         k *= tl.rsqrt(tl.sum(k * k) + l2_eps)
         step = tl.load(f_ptr + sequence * stride_f + key, mask=is_key, other=0.0).to(tl.float32)
@@ -113,7 +127,9 @@ def prepare_token(
         value = (part - H) * V + values
         here = sequence * HV * V + value
         v_ptr += sequence * stride_v
-        v = convolve_token(v_ptr, conv_v_ptr, tail_v_ptr, tail_v_out_ptr, row, value, is_value, HV * V, WIDTH, WP)
+        tail_v = load_tail(tail_v_ptr, conv_v_ptr, row, value, is_value, HV * V, WIDTH, WP)
+        new_v = load_newest(v_ptr, value, is_value, WIDTH, WP)
+        v = convolve_token(tail_v, new_v, tail_v_out_ptr, row, value, is_value, HV * V, WIDTH, WP)
         w = sigmoid(tl.load(w_ptr + sequence * stride_w + value, mask=is_value, other=0.0).to(tl.float32), tl.float32)
         tl.store(z_ptr + here, w * v, mask=is_value)
 
@@ -224,7 +240,7 @@ def decode(
 
     No gradients. ValueError for shapes and dtypes that do not fit.
     """
-    _check(token, weights, state, token.k.shape[0])
+    check(token, weights, state, token.k.shape[0])
     y, *after = _decode(list(token), list(weights), list(state), scale, largest_erase, norm_eps)
     return y, State(*after)
 
@@ -237,18 +253,23 @@ def decode_in_place(
 
     slots [N] int32 or int64; None for row n. ValueError also for a pool that is not contiguous.
     """
-    _check(token, weights, pool, token.k.shape[0] if slots is None else pool.memory.shape[0])
+    check(token, weights, pool, token.k.shape[0] if slots is None else pool.memory.shape[0])
     if slots is not None and (slots.shape != token.k.shape[:1] or slots.dtype not in (torch.int32, torch.int64)):
         found = f"slots is {slots.dtype} of shape {list(slots.shape)}"
         raise ValueError(f"{found}; expected int32 or int64 of shape {list(token.k.shape[:1])}")
-    for name, x in zip(State._fields, pool):
-        if not x.is_contiguous():
-            raise ValueError(f"{name} of the pool has strides {x.stride()}; expected it contiguous")
+    check_contiguous(pool)
     return _decode_in_place(list(token), list(weights), list(pool), slots, scale, largest_erase, norm_eps)
 
 
-def _check(token: Token, weights: Weights, state: State, rows: int) -> None:
-    """`rows` is how many the state should have."""
+def check_contiguous(pool: State) -> None:
+    """ValueError for a state that cannot be written in place."""
+    for name, x in zip(State._fields, pool):
+        if not x.is_contiguous():
+            raise ValueError(f"{name} of the pool has strides {x.stride()}; expected it contiguous")
+
+
+def check(token: Token, weights: Weights, state: State, rows: int) -> None:
+    """ValueError for shapes and dtypes that do not fit; `rows` is how many the state should have."""
     H, V, width = weights.rate.shape[0], weights.norm.shape[0], weights.conv_q.shape[-1]
     N, keys, values = token.k.shape[0], token.k.shape[-1], token.v.shape[-1]
     if keys % H or values % (V * H):

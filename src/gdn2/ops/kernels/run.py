@@ -13,11 +13,13 @@ _compiled: dict[tuple[Any, ...], Any] = {}
 
 
 def run(
-    kernel: Any, programs: int, args: tuple[Any, ...], constants: tuple[Any, ...], warps: int = 4, stages: int = 1
-) -> None:
+    kernel: Any, programs: int, args: tuple[Any, ...], constants: tuple[Any, ...], warps: int = 4, stages: int = 1,
+    early: bool = False,
+) -> None:  # fmt: skip
     """Launch `kernel` on `programs` programs with its run-time arguments and then its compile-time ones.
 
     A kernel that is compiled already for these constants, types, alignments and kinds of integers is launched directly.
+    early: before the kernel that was launched last is complete, for which it waits itself; see `early.py`.
     """
     if programs == 0:
         return
@@ -25,12 +27,13 @@ def run(
         kernel[(programs,)](*args, *constants)
         return
     device = next(x for x in args if isinstance(x, Tensor)).device
-    key = (kernel.fn, device, tuple(_kind(x) for x in args), constants, warps, stages)
+    key = (kernel.fn, device, tuple(_kind(x) for x in args), constants, warps, stages, early)
     with torch.cuda.device(device):
         if key in _compiled:
             _compiled[key][(programs, 1, 1)](*args, *constants)
         else:
-            _compiled[key] = kernel[(programs,)](*args, *constants, num_warps=warps, num_stages=stages)
+            options = {"launch_pdl": True} if early else {}  # other GPUs' compilers do not know the word
+            _compiled[key] = kernel[(programs,)](*args, *constants, num_warps=warps, num_stages=stages, **options)
 
 
 def _kind(x: Any) -> Any:
