@@ -83,7 +83,7 @@ def graphed_ms(call, calls):
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         call()
-    return median_ms(graph.replay, 2, 5, calls)
+    return median_ms(graph.replay, rounds=5, calls=calls)
 
 
 def length(T, heads, D=128):

@@ -104,6 +104,7 @@ def refused(assignment: str, message: str) -> None:
         ("modle.d_model=3", "unknown key modle; expected one of data"),
         ("model.d_model=big", "model.d_model is 'big'; expected int"),
         ("model.d_model=true", "model.d_model is True; expected int"),
+        ("train.recompute=yes", "train.recompute is True; expected text; YAML's words yes, no, on and off need quotes"),
         ("model.d_model=1.5", "model.d_model is 1.5; expected int"),
         ("model.cell=mixer", "model.cell is 'mixer'; expected a list"),
         ("model.tie_embeddings=1", "model.tie_embeddings is 1; expected bool"),

@@ -336,7 +336,8 @@ def _coerce(hint: Any, value: Any, key: str) -> Any:
         return float(value)
     if hint is int and isinstance(value, float) and value.is_integer():
         return int(value)
-    require(isinstance(value, hint) and not (hint is int and isinstance(value, bool)), key, value, hint.__name__)
+    expected = "text; YAML's words yes, no, on and off need quotes" if hint is str else hint.__name__
+    require(isinstance(value, hint) and not (hint is int and isinstance(value, bool)), key, value, expected)
     return value
 
 

@@ -173,7 +173,7 @@ def test_finished_parts_are_not_done_again_unless_their_file_or_a_setting_change
     limit = 8
     assert attempt() == 8
     assert said[0].startswith("parts done and kept in ")
-    assert "8; the same command" in said[0]
+    assert "8; a command with the same settings" in said[0]
     limit = 3
     assert attempt() == 3
     (tree / "a.jsonl").write_text((tree / "a.jsonl").read_text().replace("line 0 ", "line 0! "))

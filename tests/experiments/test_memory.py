@@ -78,3 +78,18 @@ def test_unknown_names_and_broken_rows_are_refused(tmp_path, capsys):
     (tmp_path / "rows.jsonl").write_text("[]\n")
     with pytest.raises(ValueError, match=r"rows\.jsonl:1: no row of an experiment"):
         rows.read(tmp_path / "rows.jsonl")
+
+
+def test_rows_side_by_side_are_those_in_turn(tmp_path, capsys):
+    in_turn, beside = tmp_path / "a.jsonl", tmp_path / "b.jsonl"
+    arguments = [*TINY, "--mixers", "gdn2,linear,deltanet"]
+    memory.main([*arguments, "--out", str(in_turn)])
+    memory.main([*arguments, "--out", str(beside), "--jobs", "2", "--budget-seconds", "0"])
+    assert "nearly spent; the same command goes on with 1 rows" in capsys.readouterr().out
+    assert len(rows.read(beside)) == 2  # what is begun within the budget is finished
+    memory.main([*arguments, "--out", str(beside), "--jobs", "2"])
+    expected, found = rows.read(in_turn), rows.read(beside)
+    assert set(found) == set(expected)
+    for key, row in found.items():
+        assert row["jobs"] == 2
+        assert row["loss"] == pytest.approx(expected[key]["loss"], rel=1e-4)  # of another number of threads

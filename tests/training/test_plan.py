@@ -57,6 +57,10 @@ def test_command_writes_nothing_and_plans_for_a_gpu_that_is_not_here(
     assert not run.exists()
     main_exits(["train", "--preset", "gdn2-hybrid-tiny", "--run", str(run), "--rate", "5"], 2)
     assert "--rate is 5.0; expected tokens per second above 0, together with --dry-run" in capsys.readouterr().err
+    run.mkdir()
+    (run / "note.txt").write_text("mine")
+    main_exits(["train", "--preset", "gdn2-hybrid-tiny", "--run", str(run), "--dry-run"], 2)  # as the training would
+    assert "is not empty; resume the run in it, or choose another folder" in capsys.readouterr().err
 
 
 def main_exits(arguments: list[str], code: int) -> None:

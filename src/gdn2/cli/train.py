@@ -85,7 +85,10 @@ def train(
         raise ConfigError(f"--rate is {rate}; expected tokens per second above 0, together with --dry-run")
     if dry_run:
         from gdn2.training.plan import show
+        from gdn2.training.train import check_unused
 
+        if not resume:
+            check_unused(run)
         typer.echo(show(config, run, rate, devices))
         return
     try:

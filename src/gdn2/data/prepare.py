@@ -196,6 +196,8 @@ def _leave(work: Path, error: BaseException) -> None:
     """After an error: keep the parts that are done and say so, or leave nothing where there are none."""
     done = sum((path / "part.json").is_file() and not path.name.startswith(".") for path in work.iterdir())
     if done:
-        error.add_note(f"parts done and kept in {str(work)!r}: {done}; the same command goes on from there")
+        error.add_note(
+            f"parts done and kept in {str(work)!r}: {done}; a command with the same settings goes on from there"
+        )
     else:
         shutil.rmtree(work, ignore_errors=True)

@@ -302,8 +302,7 @@ def open_run(
             "without --resume, perhaps with a smaller train.checkpoint_every"
         )
     if not resume:
-        if run_dir.exists() and (not run_dir.is_dir() or any(p.name != LOCK for p in run_dir.iterdir())):
-            raise ValueError(f"{str(run_dir)!r} is not empty; resume the run in it, or choose another folder")
+        check_unused(run_dir)
         return None, {}
     if not found:
         raise CheckpointError(f"{str(run_dir)!r} holds no checkpoint to resume from; start without --resume")
@@ -313,6 +312,12 @@ def open_run(
         if trainer[key] != now:
             raise ConfigError(f"cannot resume {str(run_dir)!r}: {key} was {trainer[key]}, is {now}")
     return found[-1], trainer
+
+
+def check_unused(run_dir: Path) -> None:
+    """ValueError where a new run cannot begin, since something is there."""
+    if run_dir.exists() and (not run_dir.is_dir() or any(p.name != LOCK for p in run_dir.iterdir())):
+        raise ValueError(f"{str(run_dir)!r} is not empty; resume the run in it, or choose another folder")
 
 
 def check_same(old: RunConfig, new: RunConfig, step: int) -> None:
