@@ -39,7 +39,7 @@ def selftest(
     if json_file is not None:
         json_file.write_text(json.dumps([finding._asdict() for finding in found], indent=1))
     if tune:
-        for line in tuning.tune(device):
+        for line in tuning.tune(device, quick, jobs):
             typer.echo(line)
     if wrong:
         raise typer.Exit(1)

@@ -363,15 +363,19 @@ def _in_a_process(number: int) -> tuple[float, float, str]:
     return float(output), float(gradient), str(worst)
 
 
+def processes(jobs: int | None) -> int:
+    """How many at a time: `jobs`, else one for each CPU core up to 8."""
+    return jobs or min(8, os.cpu_count() or 1)
+
+
 def selftest(device: torch.device, quick: bool = False, jobs: int | None = None) -> Iterator[Finding]:
     """The findings as they come in; at the end the verdict is on disk. `quick`: heads of 128 alone, and no verdict.
 
-    `jobs`: cases at a time, by default one for each CPU core up to 8.
+    `jobs`: cases at a time, see `processes`.
     """
-    jobs = jobs or min(8, os.cpu_count() or 1)
     numbers = QUICK if quick else tuple(range(len(CASES)))
     shared, wrong = shared_memory(device), {}
-    with ThreadPoolExecutor(jobs) as pool:
+    with ThreadPoolExecutor(processes(jobs)) as pool:
         for finding in pool.map(lambda n: find(n, shared, _in_a_process), numbers):
             if finding.wrong:
                 wrong[finding.name] = f"{finding.what}: {finding.wrong}"

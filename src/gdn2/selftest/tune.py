@@ -1,14 +1,18 @@
 """Which configuration is fastest on this GPU? On request only; what wins and is right is kept with the verdicts.
 
 Fields of a configuration are tried one after the other, each trial in a process of its own
-(`python -m gdn2.selftest.tune NAME VALUES`), which times forward and backward and holds the trial to float64.
+(`python -m gdn2.selftest.tune NAME VALUES`), which times forward and backward and holds the trial to float64. Before,
+all trials run side by side, for Triton to compile them: those times are worth nothing.
 """
 
 import json
 import subprocess
 import sys
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, replace
+from functools import partial
+from itertools import product
 from typing import Any
 
 import torch
@@ -37,35 +41,50 @@ def trials(config: Config) -> Iterator[tuple[str, Any]]:
     yield from (("value", (BV, warps, other)) for other in (2, 3) if other != stages)
     yield "value", (2 * BV, 2 * warps, stages)
     BK, BV, warps, stages = config.key
-    yield from (("key", (BK, BV, warps, other)) for other in (2, 3) if other != stages)
+    yield from (("key", (BK, BV, warps, other)) for other in (1, 2, 3) if other != stages)
     yield "key", (BK, BV, 2 * warps, stages)
 
 
-def tune(device: torch.device) -> Iterator[str]:
-    """Tune the configurations of this GPU that are not known to be wrong; a line of text for each trial."""
+def tune(device: torch.device, quick: bool = False, jobs: int | None = None) -> Iterator[str]:
+    """Tune the configurations of this GPU that are not known to be wrong; a line of text for each trial.
+
+    `quick`: that of bfloat16 with heads of 128 alone, and nothing is kept. `jobs` trials are compiled at a time.
+    """
     shared = shared_memory(device)
-    for dtype in ("bfloat16", "float32"):
-        for size in HEAD_SIZES:
-            name, best = named_config(getattr(torch, dtype), size, size, shared)
-            verdict = verdicts.load(device)
-            if name in verdict.wrong:
-                yield f"{name}: refused by the self-test, not tuned"
+    for dtype, size in product(("bfloat16", "float32"), HEAD_SIZES) if not quick else [("bfloat16", 128)]:
+        name, best = named_config(getattr(torch, dtype), size, size, shared)
+        verdict = verdicts.load(device)
+        if name in verdict.wrong:
+            yield f"{name}: refused by the self-test, not tuned"
+            continue
+        tried = [replace(best, **{field: value}) for field, value in trials(best)]
+        with ThreadPoolExecutor(check.processes(jobs)) as pool:
+            list(pool.map(partial(_attempt, name, dtype, size), tried))
+        least = _trial(name, dtype, size, best)
+        yield f"{name}: {least:.3f} ms forward and backward"
+        for field, value in trials(best):
+            trial = replace(best, **{field: value})
+            ms = _attempt(name, dtype, size, trial)
+            if isinstance(ms, str):
+                yield f"  {field} {value}: {ms}"
                 continue
-            least = _trial(name, dtype, size, best)
-            yield f"{name}: {least:.3f} ms forward and backward"
-            for field, value in trials(best):
-                trial = replace(best, **{field: value})
-                try:
-                    ms = _trial(name, dtype, size, trial)
-                except subprocess.SubprocessError as error:
-                    yield f"  {field} {value}: {error}"
-                    continue
-                yield f"  {field} {value}: {ms:.3f} ms"
-                if ms < GAIN * least:
-                    best, least = trial, ms
+            yield f"  {field} {value}: {ms:.3f} ms"
+            if ms < GAIN * least:
+                best, least = trial, ms
+        if quick:
+            yield f"  best {best}"
+        else:
             verdict.tuned[name] = best
             verdicts.save(device, verdict)
             yield f"  kept {best}"
+
+
+def _attempt(name: str, dtype: str, size: int, config: Config) -> float | str:
+    """`_trial`, or what is wrong with it."""
+    try:
+        return _trial(name, dtype, size, config)
+    except subprocess.SubprocessError as error:
+        return str(error)
 
 
 def _trial(name: str, dtype: str, size: int, config: Config) -> float:

@@ -152,6 +152,9 @@ def test_tuning_keeps_what_is_right_and_faster(monkeypatch):
     verdict = verdicts.load(DEVICE)
     assert verdict.wrong.keys() == {refused}
     assert verdict.checked
+    quick = list(tune.tune(DEVICE, quick=True, jobs=2))
+    assert quick[0] == "bfloat16, heads up to 128: 2.000 ms forward and backward"
+    assert verdicts.load(DEVICE) == verdict
     best = selftest.replace(config, scan=(*config.scan[:2], 2))
     tuned = ("bfloat16, heads up to 128", "bfloat16, heads up to 256", "float32, heads up to 128")
     assert verdict.tuned == dict.fromkeys(tuned, best)
