@@ -79,8 +79,8 @@ class Block(nn.Module):
         output_state: bool = True,
     ) -> tuple[Tensor, LayerState | None]:
         mixed, state = self.mixer(self.mixer_norm(x), state, cu_seqlens, output_state)
-        x = x + mixed
-        return x + self.mlp(self.mlp_norm(x)), state
+        x, normed = self.mlp_norm.of_sum(x, mixed)
+        return x + self.mlp(normed), state
 
     def step(self, x: Tensor, added: Tensor | None, state: LayerState) -> tuple[Tensor, Tensor | None]:
         """`forward` of one token of each sequence, on x + added; `state` is written in place.

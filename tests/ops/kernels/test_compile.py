@@ -72,6 +72,8 @@ def main() -> None:
     o, gate, scale = leaf(T, V), leaf(T, V), leaf(V, dtype=torch.float32)
     differentiate([norm.rms_norm(o, scale, 1e-5, gate)], o, scale, gate)
     differentiate([norm.l2_norm(o, 1e-6)], o)
+    stream = leaf(T, V, dtype=torch.float32)
+    differentiate(norm.add_rms_norm(stream, o, scale, 1e-5, torch.bfloat16), stream, o, scale)
     widths = (keys, keys, values, keys, keys, values, values)
     token = decode.Token(*(torch.zeros(3, n, dtype=torch.bfloat16) for n in widths))
     taps = [torch.zeros(n, 4) for n in widths[:3]]
