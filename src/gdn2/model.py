@@ -29,6 +29,7 @@ from gdn2.layers import (
 from gdn2.layers.few import few
 from gdn2.layers.linear import Linear, at_least_float32
 from gdn2.layers.quantized import QuantizedLinear
+from gdn2.ops.cross_entropy import cross_entropy
 
 LayerState = DeltaState | Mamba2State | Mamba3State | AttentionState
 ModelState = tuple[LayerState, ...]
@@ -221,7 +222,11 @@ class LanguageModel(nn.Module):
 
     def logits(self, hidden: Tensor) -> Tensor:
         """[..., d_model] -> [..., vocab_size] in float32 (float64 in a float64 model)."""
-        return at_least_float32(F.linear(hidden, self.embedding.weight) if self.head is None else self.head(hidden))
+        return at_least_float32(self._logits(hidden))
+
+    def _logits(self, hidden: Tensor) -> Tensor:
+        logits: Tensor = F.linear(hidden, self.embedding.weight) if self.head is None else self.head(hidden)
+        return logits
 
     def loss(
         self, tokens: Tensor, targets: Tensor, cu_seqlens: Tensor | None = None, reduction: str = "mean"
@@ -256,7 +261,7 @@ class LanguageModel(nn.Module):
         return nats.sum() / (targets != IGNORED_TARGET).sum().clamp(min=1)
 
     def _chunk_loss(self, hidden: Tensor, targets: Tensor) -> Tensor:
-        return F.cross_entropy(self.logits(hidden), targets, ignore_index=IGNORED_TARGET, reduction="none")
+        return cross_entropy(self._logits(hidden), targets, IGNORED_TARGET)
 
     def quantize(self, kind: str) -> Self:
         """Keep weights in 8 bits, "int8" or "fp8", a scale for each output; for inference, and not to be undone.
