@@ -30,12 +30,15 @@ from gdn2.layers.few import few
 from gdn2.layers.linear import Linear, at_least_float32
 from gdn2.layers.quantized import QuantizedLinear
 from gdn2.ops.cross_entropy import cross_entropy
+from gdn2.ops.fused import fused
 
 LayerState = DeltaState | Mamba2State | Mamba3State | AttentionState
 ModelState = tuple[LayerState, ...]
 
 IGNORED_TARGET = -100
-LOSS_CHUNK = 2_048  # tokens whose logits are held at once: with 32,000 words 262 MB in float32
+# Tokens whose logits are held at once: with 32,000 words 262 MB in float32. Twice as many where operations are fused,
+# and make no float32 copy of 16 bits: each chunk casts the head and adds to its gradient anew.
+LOSS_CHUNK = 2_048
 
 
 class Mixer(Protocol):
@@ -251,7 +254,8 @@ class LanguageModel(nn.Module):
         if targets.shape != tokens.shape:
             raise ValueError(f"targets have shape {list(targets.shape)}; expected that of tokens {list(tokens.shape)}")
         hidden, _ = self(tokens, cu_seqlens=cu_seqlens, output_state=False)
-        chunks = zip(hidden.flatten(0, 1).split(LOSS_CHUNK), targets.flatten().split(LOSS_CHUNK))
+        size = 2 * LOSS_CHUNK if fused(hidden) and hidden.element_size() == 2 else LOSS_CHUNK
+        chunks = zip(hidden.flatten(0, 1).split(size), targets.flatten().split(size))
         losses = [
             checkpoint(self._chunk_loss, *chunk, use_reentrant=False, preserve_rng_state=False) for chunk in chunks
         ]
