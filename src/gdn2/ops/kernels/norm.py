@@ -99,7 +99,7 @@ def _tile(D: int) -> tuple[int, int, int, int]:
     """Columns and rows of a tile, tiles of a program of the backward, and warps."""
     BD = triton.next_power_of_2(D)
     BR = 8 if INTERPRET else max(1, ELEMENTS // BD)
-    return BD, BR, max(4, ROWS // BR), 4 if BD <= 4096 else 16
+    return BD, BR, max(4, ROWS // BR), 4 if BD <= 2048 else 8 if BD <= 4096 else 16  # some 100 registers a thread
 
 
 def _forward(
