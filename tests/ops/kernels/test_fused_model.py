@@ -83,3 +83,13 @@ def test_compiled_blocks_match_eager_and_are_not_compiled_for_other_texts():
     # Two kinds of blocks: without offsets, with two texts, and once more when torch learns that their number varies.
     assert counts == [2, 4, 6, 6]
     assert_close(found, eager, 1e-5)  # the same kernels in the same order; only the graph around them differs
+
+
+@torch.no_grad()
+def test_compiled_blocks_run_without_gradients_too():
+    model, _ = models()
+    words = torch.arange(8, device=DEVICE)[None]
+    eager = model(words, output_state=False)[0]
+    for block in model.blocks:
+        block.compile(backend="aot_eager", fullgraph=True)
+    torch.testing.assert_close(model(words, output_state=False)[0], eager, rtol=1e-5, atol=1e-6)
