@@ -1,17 +1,26 @@
 """Training speed of a preset on random tokens, optimizer step included, on one device or several.
 
     python benchmarks/training.py --preset gdn2-hybrid-1.3b --seq-len 4096 --batch 4 --steps 10 --compile [--json FILE]
+    python benchmarks/training.py --sizes 2048x8,4096x4,8192x2,16384x1 --operator fla --steps 5
     torchrun --nproc-per-node 2 benchmarks/training.py --preset gdn2-hybrid-1.3b --seq-len 4096 --batch 4
 
 Settings of the configuration may follow, such as train.recompute=selective parallel.replicas=2 parallel.context=2. The
 code is that of `gdn2 train`: sharding, micro-batches, clipping and AdamW; no data is read, nothing is saved. One line
-of JSON: tokens per second, milliseconds of a step (the median, the slowest rank's), MFU (recomputation not counted) and
-the largest memory that a rank allocated. The first `--warm-up` steps, which compile and tune, are not counted. With
-`--profile` times are those of a profiled run, somewhat longer.
+of JSON for each size: tokens per second, milliseconds of a step (the median, the slowest rank's), MFU (recomputation
+not counted) and the largest memory that a rank allocated. The first `--warm-up` steps, which compile and tune, are not
+counted; `compilations` counts those of torch.compile in the steps that are, and should be 0. With `--profile` times are
+those of a profiled run, somewhat longer.
+
+`--operator fla` puts flash-linear-attention's `chunk_gdn2`, where that is installed, in the place of our operator in
+every Gated DeltaNet-2 layer. It takes activated gates and normalised queries and keys, which torch operations and our
+fused norm make; all else stays.
 """
 
 import argparse
+import gc
 import json
+import math
+import os
 import statistics
 import time
 from contextlib import nullcontext
@@ -49,6 +58,33 @@ class RandomTokens:
         return 0.0
 
 
+def take_fla():
+    """Give every Gated DeltaNet-2 layer flash-linear-attention's operator."""
+    from fla.ops.gdn2 import chunk_gdn2
+
+    from gdn2.layers import GatedDeltaNet2
+    from gdn2.layers.norm import l2_norm
+
+    def operator(*operands, initial_state, output_final_state, cu_seqlens):
+        return chunk_gdn2(*operands, cu_seqlens=cu_seqlens)[0], None
+
+    def rule(layer, q, k, v, x):
+        return operator, (l2_norm(q), l2_norm(k), v, *layer.gates(x))
+
+    GatedDeltaNet2.rule = rule
+
+
+def sizes_of(text):
+    """(length, batch) of each LENGTHxBATCH in a list."""
+    try:
+        pairs = [tuple(map(int, size.split("x"))) for size in text.split(",")]
+    except ValueError:
+        pairs = [()]
+    if not all(len(pair) == 2 and min(pair) > 0 for pair in pairs):
+        raise argparse.ArgumentTypeError(f"{text!r}; expected LENGTHxBATCH, several with commas, as 4096x4,8192x2")
+    return pairs
+
+
 def configure(args, world):
     """The configuration: `--batch` sequences a step for each rank that reads data, in micro-batches of as many."""
     settings = [
@@ -66,8 +102,6 @@ def configure(args, world):
 
 def measure(args):
     """A row of results, the same on every rank."""
-    import os
-
     config = configure(args, int(os.environ.get("WORLD_SIZE", "1")))
     with Ranks(config) as ranks:
         check_parallel(config, ranks.size)
@@ -87,7 +121,7 @@ def measure(args):
         def step():
             batches = [next(tokens) for _ in range(ranks.sequences // ranks.micro_batch)]
             nats, targets, _ = accumulate_gradients(model, batches, tokens, ranks, device, autocast)
-            clip_gradients(model, config.optim.clip, ranks)
+            clip_gradients(model, config.optim.clip or math.inf, ranks)
             optimizer.step()
             optimizer.zero_grad()
             losses.append(nats / targets)
@@ -96,6 +130,7 @@ def measure(args):
             step()
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats()
+        before = compilations()
         with profiler(args.profile if ranks.main else None, device):
             for _ in range(args.steps):
                 synchronize(device)
@@ -112,13 +147,29 @@ def measure(args):
         share = mfu(speed / ranks.size, describe(config.model, config.data.seq_len).training_flops, peak_flops(device))
         return ranks.main, {
             "preset": args.preset, "settings": args.settings, "parameters": parameters, "seq_len": args.seq_len,
-            "batch": args.batch, "micro_batch": ranks.micro_batch, "compile": args.compile, "precision": precision,
+            "batch": args.batch, "micro_batch": ranks.micro_batch, "compile": args.compile,
+            "compilations": compilations() - before, "operator": args.operator, "precision": precision,
             "device": torch.cuda.get_device_name() if device.type == "cuda" else "cpu", "processes": ranks.size,
             "torch": torch.__version__, "steps": args.steps, "tokens_per_second": round(speed, 1),
             "tokens_per_second_per_process": round(speed / ranks.size, 1), "step_ms": round(seconds * 1e3, 2),
             "mfu": None if share is None else round(share, 4), "peak_memory_gib": round(most / 2**30, 2),
             "first_loss": losses[0], "last_loss": losses[-1],
         }  # fmt: skip
+
+
+def compilations():
+    """Graphs that torch.compile has made so far in this process."""
+    from torch._dynamo.utils import counters
+
+    return counters["stats"]["unique_graphs"]
+
+
+def forget():
+    """Free the model before, and what was compiled for its sizes, which would make those of the next one dynamic."""
+    torch._dynamo.reset()
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
 
 
 def synchronize(device):
@@ -146,6 +197,10 @@ def main(arguments=None):
     parser.add_argument("--seq-len", type=int, default=4096)
     parser.add_argument("--batch", type=int, default=4, help="sequences a step for each rank that reads data")
     parser.add_argument("--micro-batch", type=int, help="sequences of a forward and backward pass; all of the batch")
+    parser.add_argument(
+        "--sizes", type=sizes_of, help="LENGTHxBATCH,... measured one after the other, in place of both"
+    )
+    parser.add_argument("--operator", choices=("ours", "fla"), default="ours", help="of Gated DeltaNet-2 layers")
     parser.add_argument("--steps", type=int, default=10)
     parser.add_argument("--warm-up", type=int, default=3)
     parser.add_argument("--compile", action="store_true", help="torch.compile each block")
@@ -153,13 +208,22 @@ def main(arguments=None):
     parser.add_argument("--json", type=Path, help="append the row to this file too")
     parser.add_argument("settings", nargs="*", metavar="KEY=VALUE")
     args = parser.parse_args(arguments)
-    writes, row = measure(args)
-    if writes:
-        print(json.dumps(row), flush=True)
-        if args.json:
+    if args.operator == "fla":
+        take_fla()
+    sizes, rows = args.sizes or [(args.seq_len, args.batch)], []
+    if len(sizes) > 1 and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        parser.error(f"--sizes names {len(sizes)} sizes; expected one with several processes")
+    for length, batch in sizes:
+        args.seq_len, args.batch = length, batch
+        forget()
+        writes, row = measure(args)
+        rows.append(row)
+        if writes:
+            print(json.dumps(row), flush=True)
+        if writes and args.json:
             with args.json.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(row) + "\n")
-    return row
+    return rows
 
 
 if __name__ == "__main__":

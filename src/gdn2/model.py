@@ -29,12 +29,16 @@ from gdn2.layers import (
 from gdn2.layers.few import few
 from gdn2.layers.linear import Linear, at_least_float32
 from gdn2.layers.quantized import QuantizedLinear
+from gdn2.ops.cross_entropy import cross_entropy
+from gdn2.ops.fused import fused
 
 LayerState = DeltaState | Mamba2State | Mamba3State | AttentionState
 ModelState = tuple[LayerState, ...]
 
 IGNORED_TARGET = -100
-LOSS_CHUNK = 2_048  # tokens whose logits are held at once: with 32,000 words 262 MB in float32
+# Tokens whose logits are held at once: with 32,000 words 262 MB in float32. Twice as many where operations are fused,
+# and make no float32 copy of 16 bits: each chunk casts the head and adds to its gradient anew.
+LOSS_CHUNK = 2_048
 
 
 class Mixer(Protocol):
@@ -79,8 +83,8 @@ class Block(nn.Module):
         output_state: bool = True,
     ) -> tuple[Tensor, LayerState | None]:
         mixed, state = self.mixer(self.mixer_norm(x), state, cu_seqlens, output_state)
-        x = x + mixed
-        return x + self.mlp(self.mlp_norm(x)), state
+        x, normed = self.mlp_norm.of_sum(x, mixed)
+        return x + self.mlp(normed), state
 
     def step(self, x: Tensor, added: Tensor | None, state: LayerState) -> tuple[Tensor, Tensor | None]:
         """`forward` of one token of each sequence, on x + added; `state` is written in place.
@@ -221,7 +225,11 @@ class LanguageModel(nn.Module):
 
     def logits(self, hidden: Tensor) -> Tensor:
         """[..., d_model] -> [..., vocab_size] in float32 (float64 in a float64 model)."""
-        return at_least_float32(F.linear(hidden, self.embedding.weight) if self.head is None else self.head(hidden))
+        return at_least_float32(self._logits(hidden))
+
+    def _logits(self, hidden: Tensor) -> Tensor:
+        logits: Tensor = F.linear(hidden, self.embedding.weight) if self.head is None else self.head(hidden)
+        return logits
 
     def loss(
         self, tokens: Tensor, targets: Tensor, cu_seqlens: Tensor | None = None, reduction: str = "mean"
@@ -246,7 +254,8 @@ class LanguageModel(nn.Module):
         if targets.shape != tokens.shape:
             raise ValueError(f"targets have shape {list(targets.shape)}; expected that of tokens {list(tokens.shape)}")
         hidden, _ = self(tokens, cu_seqlens=cu_seqlens, output_state=False)
-        chunks = zip(hidden.flatten(0, 1).split(LOSS_CHUNK), targets.flatten().split(LOSS_CHUNK))
+        size = 2 * LOSS_CHUNK if fused(hidden) and hidden.element_size() == 2 else LOSS_CHUNK
+        chunks = zip(hidden.flatten(0, 1).split(size), targets.flatten().split(size))
         losses = [
             checkpoint(self._chunk_loss, *chunk, use_reentrant=False, preserve_rng_state=False) for chunk in chunks
         ]
@@ -256,7 +265,7 @@ class LanguageModel(nn.Module):
         return nats.sum() / (targets != IGNORED_TARGET).sum().clamp(min=1)
 
     def _chunk_loss(self, hidden: Tensor, targets: Tensor) -> Tensor:
-        return F.cross_entropy(self.logits(hidden), targets, ignore_index=IGNORED_TARGET, reduction="none")
+        return cross_entropy(self._logits(hidden), targets, IGNORED_TARGET)
 
     def quantize(self, kind: str) -> Self:
         """Keep weights in 8 bits, "int8" or "fp8", a scale for each output; for inference, and not to be undone.

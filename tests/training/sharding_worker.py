@@ -128,9 +128,12 @@ def check_dtypes(config):
 
     mixer = model.blocks[0].mixer
     mixer.register_forward_pre_hook(look)
+    streams = []
+    model.norm.register_forward_pre_hook(lambda _, args: streams.append(args[0].dtype))
     with torch.no_grad(), torch.autocast(KIND, torch.bfloat16):
         hidden, _ = model(torch.zeros(1, 4, dtype=torch.int64, device=DEVICE))
-    assert hidden.dtype == torch.float32
+    assert streams == [torch.float32]
+    assert hidden.dtype == torch.bfloat16
     wide = {name for name, dtype in seen.items() if dtype == torch.float32}
     assert wide == {"gates.decay.rate", "gates.decay.delta", "norm.weight", "output_gate.1.bias"}
 

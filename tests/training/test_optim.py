@@ -10,6 +10,7 @@ from gdn2.model import LanguageModel
 from gdn2.presets import preset
 from gdn2.training.muon import block_matrices
 from gdn2.training.optim import adamw, build_optimizer, groups, learning_rate
+from gdn2.training.sharding import scale_down
 
 WARMUP, TOTAL = 100, 1000
 
@@ -130,3 +131,13 @@ def test_unknown_optimizer_is_refused() -> None:
         OptimConfig(name="sgd")
     with pytest.raises(ConfigError, match=r"optim\.momentum is 1\.0"):
         OptimConfig(momentum=1.0)
+
+
+@pytest.mark.parametrize(("largest", "kept"), [(1e3, True), (0.25, False)])
+def test_gradients_are_scaled_only_when_they_are_too_large(largest: float, kept: bool) -> None:
+    gradients = [torch.tensor([3.0, 0.0]), torch.tensor([[4.0]])]
+    before = [g.clone() for g in gradients]
+    assert scale_down(gradients, 5.0, largest) == 5.0
+    assert all(map(torch.equal, gradients, before)) == kept
+    norm = float(torch.nn.utils.get_total_norm(gradients))
+    assert norm == pytest.approx(5.0 if kept else largest, rel=1e-6)

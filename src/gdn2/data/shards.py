@@ -198,8 +198,13 @@ class Batch(NamedTuple):
     cu_seqlens: Tensor | None
 
     def to(self, device: torch.device) -> "Batch":
-        cu_seqlens = None if self.cu_seqlens is None else self.cu_seqlens.to(device)
-        return Batch(self.tokens.to(device), self.targets.to(device), cu_seqlens)
+        """On `device`; a GPU copies from pinned memory while the host goes on."""
+
+        def moved(x: Tensor) -> Tensor:
+            return x.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else x.to(device)
+
+        cu_seqlens = None if self.cu_seqlens is None else moved(self.cu_seqlens)
+        return Batch(moved(self.tokens), moved(self.targets), cu_seqlens)
 
 
 class TokenBatches:

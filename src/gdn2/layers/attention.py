@@ -1,8 +1,9 @@
 """Sliding-window attention with rotary positions.
 
-Two forms of the same thing. *Masked*: every query against every key, under a boolean mask. *Blocked*, for sequences of
-many windows: with queries in blocks of W, all keys a query may see lie in its own block and the one before, so that
-memory and work grow linearly with the sequence.
+Three forms of the same thing. *Masked*: every query against every key, under a boolean mask. *Blocked*, for sequences
+of many windows: with queries in blocks of W, all keys a query may see lie in its own block and the one before, so that
+memory and work grow linearly with the sequence. *Flash*, on a GPU in 16 bits for sequences that start afresh: torch's
+FlashAttention, which skips what lies outside the window or in another packed sequence, and builds no mask.
 """
 
 import math
@@ -18,7 +19,7 @@ from gdn2.layers.linear import Linear, at_least_float32
 from gdn2.layers.norm import RMSNorm
 from gdn2.layers.packed import Packed
 from gdn2.layers.state import AttentionState, check_kind, count_sequences
-from gdn2.ops.fused import fused
+from gdn2.ops.fused import fused, is_planning
 from gdn2.ops.short_conv import sequence_of_token
 
 
@@ -94,7 +95,9 @@ class SlidingWindowAttention(nn.Module):
         N = count_sequences(x, self.d_model, cu_seqlens)
         if state is not None:
             self._check_state(state, N)
-        if cu_seqlens is not None and (state is not None or self.window is None):
+        flash = state is None and has_flash(x, self.head_dim)
+        alone = self.window is None and (output_state or not flash)
+        if cu_seqlens is not None and (state is not None or alone):
             return self._one_by_one(x, state, cu_seqlens, output_state)
         T = x.shape[1]
         if cu_seqlens is None:
@@ -117,6 +120,8 @@ class SlidingWindowAttention(nn.Module):
 
         if state is None and document is None and (self.window is None or self.window >= T):
             o = _sdpa(q, k, v, None, self.scale, is_causal=True)
+        elif flash:
+            o = _flash(q, k, v, cu_seqlens, self.window, self.scale)
         elif self.window is not None and 2 * self.window < T:
             o = _blocked(q, k, v, positions, document, state, self.window, self.scale)
         else:
@@ -276,10 +281,46 @@ def rotary_angles(positions: Tensor, frequencies: Tensor) -> Tensor:
 
 def rotate(x: Tensor, angles: Tensor) -> Tensor:
     """Rotate channel i with channel i + head_dim / 2; x [B, T, heads, head_dim], angles [B or 1, T, head_dim / 2]."""
+    if fused(x):
+        from gdn2.ops.kernels import rotary
+
+        return rotary.rotate(x, angles)
     wide = at_least_float32(x)
     cos, sin = angles.cos()[:, :, None], angles.sin()[:, :, None]
     a, b = wide.chunk(2, dim=-1)
     return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1).to(x.dtype)
+
+
+def has_flash(x: Tensor, head_dim: int) -> bool:
+    """Whether queries, keys and values projected from x can go through `_flash`."""
+    kind = x.device.type
+    dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
+    if not fused(x) or dtype not in (torch.bfloat16, torch.float16) or head_dim % 8 or head_dim > 128:
+        return False
+    if is_planning() or kind != "cuda":
+        return is_planning()
+    from gdn2.ops.kernels.configs import has_flash_attention
+
+    return has_flash_attention(x.device)
+
+
+def _flash(
+    q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor | None, window: int | None, scale: float | None
+) -> Tensor:
+    """q, k, v [B, T, heads, head_dim] in 16 bits; each sequence by itself, in its window or whole."""
+    from torch.nn.attention.varlen import varlen_attn
+
+    B, T = q.shape[:2]
+    if cu_seqlens is None:
+        cu_seqlens = torch.arange(0, (B + 1) * T, T, device=q.device)
+    bounds = cu_seqlens.to(torch.int32)
+    left = -1 if window is None else window - 1  # keys besides the query's own
+    # The longest packed sequence is not known here without waiting for the GPU; T is a bound, and all that is asked.
+    o = varlen_attn(
+        q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1), bounds, bounds, T, T, scale=scale, window_size=(left, 0)
+    )
+    assert isinstance(o, Tensor)
+    return o.unflatten(0, (B, T))
 
 
 def _sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float | None, is_causal: bool = False) -> Tensor:

@@ -18,11 +18,15 @@ class SwiGLU(nn.Module):
         self.gate = Linear(d_model, width, bias=False)
         self.up = Linear(d_model, width, bias=False)
         self.down = Linear(width, d_model, bias=False)
-
         self._packed: Packed | None = None
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down(F.silu(self.gate(x)) * self.up(x))
+        gate, up = self.gate(x), self.up(x)
+        if fused(gate):
+            from gdn2.ops.kernels.swiglu import swiglu
+
+            return self.down(swiglu(gate, up))
+        return self.down(F.silu(gate) * up)
 
     def pack(self) -> None:
         """Put gate and up side by side for `step`, where they can be and are not yet."""

@@ -1,4 +1,8 @@
-"""Normalisation. All of it is computed in at least float32 and returned in its input's dtype."""
+"""Normalisation. All of it is computed in at least float32 and returned in its input's dtype.
+
+Under autocast a float32 input of RMSNorm gives a result in autocast's dtype. It is what the projections behind it read:
+each would cast it again, and keep its own copy for the backward pass.
+"""
 
 import torch
 import torch.nn.functional as F
@@ -25,16 +29,25 @@ class RMSNorm(nn.Module):
         if fused(x):
             from gdn2.ops.kernels.norm import rms_norm
 
-            return rms_norm(x, self.weight, self.eps)
-        wide = at_least_float32(x)
-        return F.rms_norm(wide, self.weight.shape, self.weight.to(wide.dtype), self.eps).to(x.dtype)
+            return rms_norm(x, self.weight, self.eps, dtype=result_dtype(x))
+        return self.wide(x).to(result_dtype(x))
+
+    def wide(self, x: Tensor) -> Tensor:
+        """The norm in at least float32, unfused."""
+        x = at_least_float32(x)
+        return F.rms_norm(x, self.weight.shape, self.weight.to(x.dtype), self.eps)
 
     def of_sum(self, x: Tensor, added: Tensor) -> tuple[Tensor, Tensor]:
-        """x + added, and its norm; without gradients one operation where operations are fused."""
-        if fused(x) and not torch.is_grad_enabled():
-            from gdn2.ops.kernels.between import add_rms_norm
+        """x + added, and its norm; one operation where operations are fused."""
+        plain = not torch.is_grad_enabled() and not torch.compiler.is_compiling() and result_dtype(x) == x.dtype
+        if fused(x) and not plain:
+            from gdn2.ops.kernels import norm
 
-            return add_rms_norm(x, added, self.weight, self.eps)
+            return norm.add_rms_norm(x, added, self.weight, self.eps, result_dtype(x))
+        if fused(x):
+            from gdn2.ops.kernels import between
+
+            return between.add_rms_norm(x, added, self.weight, self.eps)
         x = x + added
         return x, self(x)
 
@@ -47,14 +60,20 @@ class GatedRMSNorm(RMSNorm):
             from gdn2.ops.kernels.norm import rms_norm
 
             return rms_norm(x, self.weight, self.eps, gate)
-        return (super().forward(at_least_float32(x)) * F.silu(at_least_float32(gate))).to(gate.dtype)
+        return (self.wide(x) * F.silu(at_least_float32(gate))).to(gate.dtype)
 
 
 class SigmoidGatedRMSNorm(RMSNorm):
     """RMSNorm of x times the sigmoid of a gate; x and gate [..., dim]. The weight is shared by all heads."""
 
     def forward(self, x: Tensor, gate: Tensor) -> Tensor:  # type: ignore[override]
-        return (super().forward(at_least_float32(x)) * torch.sigmoid(at_least_float32(gate))).to(gate.dtype)
+        return (self.wide(x) * torch.sigmoid(at_least_float32(gate))).to(gate.dtype)
+
+
+def result_dtype(x: Tensor) -> torch.dtype:
+    """That of RMSNorm of x: x's own, or autocast's where x is float32."""
+    kind = x.device.type
+    return torch.get_autocast_dtype(kind) if x.dtype == torch.float32 and torch.is_autocast_enabled(kind) else x.dtype
 
 
 def l2_norm(x: Tensor, eps: float = 1e-6) -> Tensor:

@@ -160,14 +160,14 @@ def _check_sequences(
 ) -> None:  # fmt: skip
     N = B
     if cu_seqlens is not None:
-        if cu_seqlens.dim() != 1 or len(cu_seqlens) < 1 or cu_seqlens.dtype not in (torch.int32, torch.int64):
+        if cu_seqlens.dim() != 1 or cu_seqlens.shape[0] < 1 or cu_seqlens.dtype not in (torch.int32, torch.int64):
             found = f"cu_seqlens has shape {_show(cu_seqlens)} and dtype {cu_seqlens.dtype}"
             raise ValueError(f"{found}; expected [N + 1], int32 or int64")
         if cu_seqlens.device not in (device, torch.device("cpu")):
             raise ValueError(f"cu_seqlens is on {cu_seqlens.device}; expected {device}, the device of v, or cpu")
         if B != 1:
             raise ValueError(f"cu_seqlens packs sequences into one row, but B is {B}; expected B = 1")
-        N = len(cu_seqlens) - 1
+        N = cu_seqlens.shape[0] - 1
     if initial_state is not None and initial_state.shape != (N, *state):
         raise ValueError(f"initial_state has shape {_show(initial_state)}; expected {[N, *state]}")
 

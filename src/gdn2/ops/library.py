@@ -30,13 +30,13 @@ def _residual_shapes(k: Tensor, v: Tensor, erase: Tensor | None, cu_seqlens: Ten
     """Shapes of `chunk_torch.Saved`, known without reading cu_seqlens: each sequence adds at most one short chunk."""
     B, T, H, K = k.shape
     C = chunk_size(T)
-    M = B * -(-T // C) if cu_seqlens is None else T // C + len(cu_seqlens) - 1
+    M = B * -(-T // C) if cu_seqlens is None else T // C + cu_seqlens.shape[0] - 1
     width = v.shape[2] // H * v.shape[3]
     return [[M * H, K, width], [M * H if erase is not None else 0, C, C], [M * H, C, C]]
 
 
 def _state_shape(k: Tensor, v: Tensor, cu_seqlens: Tensor | None) -> list[int]:
-    N = k.shape[0] if cu_seqlens is None else len(cu_seqlens) - 1
+    N = k.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
     return [N, v.shape[2], k.shape[3], v.shape[3]]
 
 

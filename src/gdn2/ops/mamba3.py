@@ -123,7 +123,7 @@ def _first_of_each(x: Tensor, cu_seqlens: Tensor | None) -> Tensor:
 
 def _last_of_each(x: Tensor, past: Tensor | None, cu_seqlens: Tensor | None) -> Tensor:
     """x [B, T, ...] at the last token of each sequence, [N, ...]; `past`, zeros when None, where there is none."""
-    N = x.shape[0] if cu_seqlens is None else len(cu_seqlens) - 1
+    N = x.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
     past = x.new_zeros(N, *x.shape[2:]) if past is None else past.to(x.dtype)
     if cu_seqlens is None:
         return x[:, -1] if x.shape[1] else past
@@ -154,7 +154,7 @@ def _check(
         if cu_seqlens.device.type == "cpu" and not torch.compiler.is_compiling():
             sequence_bounds(cu_seqlens, T)
     if state is not None:
-        N = B if cu_seqlens is None else len(cu_seqlens) - 1
+        N = B if cu_seqlens is None else cu_seqlens.shape[0] - 1
         shapes = [[N, H, k.shape[-1], v.shape[-1]], [N, *ranks, H, k.shape[-1]], [N, *ranks, H, v.shape[-1]]]
         for name, part, shape in zip(state._fields, state, shapes):
             if list(part.shape) != shape:

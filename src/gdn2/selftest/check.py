@@ -21,6 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from gdn2.ops.cross_entropy import cross_entropy
 from gdn2.ops.kernels import verdicts
 from gdn2.ops.kernels.configs import named_config, shared_memory, using
 from gdn2.ops.kernels.tables import Config
@@ -75,7 +76,8 @@ class StepCase:
 
 @dataclass(frozen=True)
 class LayerCase:
-    """A layer's training pass: convolutions and norms around the operator, with the gradients of all parameters."""
+    """A training pass: a layer with its convolutions and norms, and what else blocks and the loss consist of; with the
+    gradients of all parameters."""
 
     dtype: str
 
@@ -83,7 +85,7 @@ class LayerCase:
         return verdicts.AROUND
 
     def __str__(self) -> str:
-        return "a layer with its convolutions and norms"
+        return "a layer with its convolutions and norms, attention, MLP and loss"
 
 
 def _cases() -> Iterator[Case | StepCase | LayerCase]:
@@ -239,16 +241,38 @@ def _layers(device: torch.device) -> tuple[torch.nn.Module, torch.nn.Module]:
 
 
 def _layer_errors(case: LayerCase, device: torch.device) -> tuple[float, float, str]:
+    from gdn2.layers import RMSNorm, SlidingWindowAttention, SwiGLU
+    from gdn2.layers.linear import Linear
+
     dtype = getattr(torch, case.dtype)
-    layers = _layers(device)
-    drawn = torch.randn(2, 150, 64)
-    results = []
-    for layer, where, kind in zip(layers, (device, CPU), (torch.float32, torch.float64)):
-        x = drawn.to(where, kind).requires_grad_()
-        with torch.autocast(where.type, dtype, enabled=kind is not torch.float64 and dtype != torch.float32):
-            y, _ = layer(x)
-        results.append(_with_gradients({"y": y}, {"x": x} | dict(layer.named_parameters())))
-    return _worst({n: relative(x, results[1][n]) for n, x in results[0].items()})
+    errors: dict[str, float] = {}
+
+    def hold(name: str, call: Callable[[Any, Tensor], Tensor], narrow: Any, exact: Any, width: int = 64) -> None:
+        """A part's results and gradients on the device, beside those in float64."""
+        drawn, results = torch.randn(2, 150, width), []
+        for part, where, kind in ((narrow, device, torch.float32), (exact, CPU, torch.float64)):
+            x = drawn.to(where, kind).requires_grad_()
+            with torch.autocast(where.type, dtype, enabled=kind is not torch.float64 and dtype != torch.float32):
+                y = call(part, x)
+            results.append(_with_gradients({"y": y}, {"x": x} | dict(part.named_parameters())))
+        for n, x in results[0].items():
+            found = f"d {name}, {n.removeprefix('d ')}" if n.startswith("d ") else f"{name}, {n}"
+            errors[found] = relative(x, results[1][n])
+
+    def both(part: Any) -> tuple[Any, Any]:
+        return copy.deepcopy(part).to(device), part.double()
+
+    hold("layer", lambda layer, x: layer(x)[0], *_layers(device))
+    hold("sum and norm", lambda norm, x: torch.cat(norm.of_sum(x, x.square()), dim=-1), *both(RMSNorm(64)))
+    hold("SwiGLU", lambda mlp, x: mlp(x), *both(SwiGLU(64, 300)))
+    for window in (20, 100):
+        attention = both(SlidingWindowAttention(128, 2, window=window))
+        hold(f"window of {window}", lambda part, x: part(x, output_state=False)[0], *attention, width=128)
+    words = torch.randint(300, (2 * 150,))
+    words[::7] = -1
+    loss = lambda head, x: cross_entropy(head(3 * x).flatten(0, 1), words.to(x.device), -1)  # noqa: E731
+    hold("loss", loss, *both(Linear(64, 300, bias=False)))
+    return _worst(errors)
 
 
 @torch.no_grad()

@@ -24,7 +24,8 @@ KEPT = {
     _aten._scaled_dot_product_efficient_attention.default,
     _aten._scaled_dot_product_cudnn_attention.default,
 }
-KEPT_BY_NAME = {"gdn2::chunk", "gdn2::triton"}  # the operator; registered on first use
+# The operator, and window attention on a GPU; registered on first use.
+KEPT_BY_NAME = {"gdn2::chunk", "gdn2::triton", "torch_attn::_varlen_attn"}
 
 
 def recompute(model: LanguageModel, mode: str) -> None:

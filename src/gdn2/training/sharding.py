@@ -74,11 +74,11 @@ def finish_gradients(model: nn.Module, ranks: Ranks) -> None:
 @torch.no_grad()
 def clip_gradients(model: nn.Module, largest: float, ranks: Ranks) -> float:
     """Scale all gradients so that their norm, over all ranks, is at most `largest`; returns the norm before."""
+    gradients = [p.grad for p in model.parameters() if p.grad is not None]
     if ranks.mesh is None:
-        return float(nn.utils.clip_grad_norm_(model.parameters(), largest))
+        return scale_down(gradients, float(nn.utils.get_total_norm(gradients)), largest)
     from torch.distributed.tensor import DTensor
 
-    gradients = [p.grad for p in model.parameters() if p.grad is not None]
     layouts: dict[object, list[Tensor]] = {}
     for gradient in gradients:
         key = (gradient.device_mesh, gradient.placements) if isinstance(gradient, DTensor) else None
@@ -92,9 +92,13 @@ def clip_gradients(model: nn.Module, largest: float, ranks: Ranks) -> float:
                 if not placement.is_replicate():
                     dist.all_reduce(own, group=first.device_mesh.get_group(axis))
         square += float(own)
-    norm = math.sqrt(square)
+    return scale_down([local(g) for g in gradients], math.sqrt(square), largest)
+
+
+def scale_down(gradients: list[Tensor], norm: float, largest: float) -> float:
+    """Scale gradients of the given norm to at most `largest`; below it they are not touched. Returns the norm."""
     if norm > largest:
-        torch._foreach_mul_([local(g) for g in gradients], largest / (norm + 1e-6))
+        torch._foreach_mul_(gradients, largest / (norm + 1e-6))
     return norm
 
 

@@ -26,7 +26,7 @@ def accumulate_gradients(
     """
     counts = [(count_targets(part), token_file.bytes_of(part.targets)) for part in map(ranks.own_tokens, batches)]
     all_targets, text_bytes = ranks.sum([sum(count) for count in zip(*counts)])
-    targets, nats = int(all_targets), 0.0
+    targets, nats = int(all_targets), torch.zeros((), dtype=torch.float64, device=device)
     for i, batch in enumerate(map(ranks.own_tokens, batches), start=1):
         begin_micro_batch(model, i == len(batches), ranks)
         with autocast:
@@ -34,10 +34,10 @@ def accumulate_gradients(
             loss = model.loss(on_device.tokens, on_device.targets, cu_seqlens=on_device.cu_seqlens)
         # Each rank's are a share of one sum, and ranks average.
         (loss * (ranks.token_ranks * count_targets(batch) / max(targets, 1))).backward()
-        nats += float(loss.detach()) * count_targets(batch)
+        nats += loss.detach().double() * count_targets(batch)
     finish_gradients(model, ranks)
-    (nats,) = ranks.sum([nats])
-    return nats, targets, text_bytes
+    (all_nats,) = ranks.sum([float(nats)])  # read once a step: the host runs ahead of the GPU until here
+    return all_nats, targets, text_bytes
 
 
 def count_targets(batch: Batch) -> int:

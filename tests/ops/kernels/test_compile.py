@@ -7,9 +7,10 @@ import sys
 import torch
 
 KERNELS = {
-    "carry_tail", "convolve", "convolve_back", "find_likeliest", "fold_segments", "key_gradients", "locate_tokens",
-    "map_segments", "map_segments_back", "mix_token", "normalize", "normalize_back", "prepare_chunks", "prepare_token",
-    "project_rows", "recur_token", "scan_back", "scan_chunks", "tail_back", "value_gradients",
+    "carry_tail", "convolve", "convolve_back", "find_likeliest", "fold_segments", "key_gradients",
+    "locate_tokens", "map_segments", "map_segments_back", "mix_token", "multiply", "multiply_back", "normalize",
+    "normalize_back", "prepare_chunks", "prepare_token", "project_rows", "recur_token", "scan_back",
+    "scan_chunks", "score_row", "score_row_back", "tail_back", "turn", "value_gradients",
 }  # fmt: skip
 
 
@@ -20,7 +21,7 @@ def main() -> None:
     from triton.compiler import ASTSource
     from triton.tools.tensor_descriptor import TensorDescriptor
 
-    from gdn2.ops.kernels import choose, conv, decode, launch, mix, norm, project
+    from gdn2.ops.kernels import choose, conv, cross_entropy, decode, launch, mix, norm, project, rotary, swiglu
 
     kinds = {
         torch.bfloat16: "*bf16", torch.float32: "*fp32", torch.int32: "*i32", torch.int64: "*i64",
@@ -43,7 +44,7 @@ def main() -> None:
         assert early == ("griddepcontrol.wait" in compiled.asm["ptx"])
         done.add(kernel.fn.__name__)
 
-    for module in (choose, conv, decode, launch, mix, norm, project):
+    for module in (choose, conv, cross_entropy, decode, launch, mix, norm, project, rotary, swiglu):
         module.run = compile_only
     mix.begin_early = project.begin_early = choose.begin_early = lambda device: 1
 
@@ -72,6 +73,11 @@ def main() -> None:
     o, gate, scale = leaf(T, V), leaf(T, V), leaf(V, dtype=torch.float32)
     differentiate([norm.rms_norm(o, scale, 1e-5, gate)], o, scale, gate)
     differentiate([norm.l2_norm(o, 1e-6)], o)
+    stream = leaf(T, V, dtype=torch.float32)
+    differentiate(norm.add_rms_norm(stream, o, scale, 1e-5, torch.bfloat16), stream, o, scale)
+    differentiate([swiglu.swiglu(o, gate)], o, gate)
+    differentiate([rotary.rotate(x.view(1, T, H, K), torch.zeros(1, T, K // 2))], x)
+    differentiate([cross_entropy.cross_entropy(o, torch.zeros(T, dtype=torch.int64), -100)], o)
     widths = (keys, keys, values, keys, keys, values, values)
     token = decode.Token(*(torch.zeros(3, n, dtype=torch.bfloat16) for n in widths))
     taps = [torch.zeros(n, 4) for n in widths[:3]]

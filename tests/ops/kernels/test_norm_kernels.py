@@ -71,6 +71,51 @@ def test_the_result_has_the_dtype_of_the_gate():
     held_to_formula(gated, (x, weight, gate))
 
 
+def summed(x, weight, added, dtype=None):
+    return norm.add_rms_norm(x, added, weight, EPS, dtype or x.dtype)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "added", "result"),
+    [(torch.float32, torch.float32, torch.float32), (torch.float32, torch.bfloat16, torch.bfloat16),
+     (torch.bfloat16, torch.bfloat16, torch.bfloat16), (torch.bfloat16, torch.float32, torch.float32)],
+)  # fmt: skip
+@pytest.mark.parametrize("shape", [(1, 3), (5, 2, 20), (70, 12)], ids=str)
+def test_a_sum_and_its_norm_match_their_formulas(dtype, added, result, shape):
+    leaves = arguments(shape, dtype, added, torch.float32)
+    total, y = summed(*leaves, result)
+    assert (total.dtype, y.dtype) == (torch.promote_types(dtype, added), result)
+    wide = [t.detach().double().requires_grad_() for t in leaves]
+    expected_total = wide[0] + wide[2]
+    expected_y = FUNCTIONS[rms_norm](expected_total, wide[1])
+    normal = torch.Generator().manual_seed(1)
+    upstream = [torch.randn(shape, generator=normal, dtype=torch.float64).to(t) for t in (total, y)]
+    gradients = torch.autograd.grad((total, y), leaves, upstream)
+    expected = torch.autograd.grad((expected_total, expected_y), wide, [u.double() for u in upstream])
+    assert [g.dtype for g in gradients] == [t.dtype for t in leaves]
+    names = ("x", "weight", "added")
+    found = {"total": total, "y": y} | dict(zip(names, gradients))
+    right = {"total": expected_total, "y": expected_y} | dict(zip(names, expected))
+    # Of two 16-bit summands the sum is rounded before its norm is taken: errors of both.
+    bound = 2 * BOUNDS[torch.bfloat16] if torch.bfloat16 in (dtype, added, result) else BOUNDS[dtype]
+    assert_close(
+        {n: t.detach().double().cpu() for n, t in found.items()}, {n: t.detach().cpu() for n, t in right.items()}, bound
+    )
+
+
+def test_a_norm_in_another_dtype_is_rounded_once():
+    x, weight, _ = arguments()
+    y = norm.rms_norm(x, weight, EPS, dtype=torch.bfloat16)
+    assert y.dtype == torch.bfloat16
+    (dx,) = torch.autograd.grad(y, x, torch.ones_like(y))
+    assert dx.dtype == torch.float32
+    wide = x.detach().double().requires_grad_()
+    expected = FUNCTIONS[rms_norm](wide, weight.detach().double())
+    (right,) = torch.autograd.grad(expected, wide, torch.ones_like(expected))
+    assert_close({"y": y.detach().double()}, {"y": expected.detach()}, BOUNDS[torch.bfloat16])
+    assert_close({"dx": dx.double()}, {"dx": right}, BOUNDS[torch.float32])
+
+
 @pytest.mark.parametrize("function", FUNCTIONS)
 def test_zero_rows_and_large_ones_stay_finite(function):
     x, weight, gate = arguments()
@@ -96,7 +141,12 @@ def test_strided_tensors_match_contiguous_ones():
 def test_opcheck_passes(function):
     x, weight, gate = arguments((3, 2, 16))
     missing = {l2_norm: (None, None), rms_norm: (weight, None), gated: (weight, gate)}[function]
-    torch.library.opcheck(norm._norm, (x, *missing, EPS, 1 / 16))
+    torch.library.opcheck(norm._norm, (x, *missing, EPS, 1 / 16, x.dtype))
+
+
+def test_opcheck_passes_with_a_sum():
+    x, weight, added = arguments((3, 2, 16), gate_dtype=torch.bfloat16)
+    torch.library.opcheck(norm._add_norm, (x, added, weight, EPS, torch.bfloat16))
 
 
 @pytest.mark.gpu
@@ -106,6 +156,14 @@ def test_opcheck_passes(function):
 def test_gpu_matches_the_formulas(dtype, shape):
     for function in FUNCTIONS:
         held_to_formula(function, arguments(shape, dtype))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(DEVICE == "cpu", reason="no CUDA device")
+@pytest.mark.parametrize("shape", [(77, 2304), (501, 100)], ids=str)
+def test_gpu_sums_match_the_formulas(shape):
+    test_a_sum_and_its_norm_match_their_formulas(torch.float32, torch.bfloat16, torch.bfloat16, shape)
+    test_a_sum_and_its_norm_match_their_formulas(torch.float32, torch.float32, torch.float32, shape)
 
 
 @pytest.mark.gpu

@@ -80,11 +80,11 @@ def _equal(B: int, T: int, C: int, L: int, S: int, device: torch.device) -> Layo
 def chunk_count(k: Tensor, cu_seqlens: Tensor | None, C: int) -> int:
     """M, known without a look at cu_seqlens: each packed sequence adds at most one short chunk."""
     B, T = k.shape[:2]
-    return B * -(-T // C) if cu_seqlens is None else T // C + len(cu_seqlens) - 1
+    return B * -(-T // C) if cu_seqlens is None else T // C + cu_seqlens.shape[0] - 1
 
 
 def sequence_count(k: Tensor, cu_seqlens: Tensor | None) -> int:
-    return k.shape[0] if cu_seqlens is None else len(cu_seqlens) - 1
+    return k.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
 
 
 def segment_count(M: int, N: int, L: int) -> int:

@@ -61,6 +61,12 @@ def descriptors(device: torch.device) -> bool:
     return INTERPRET or (device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0))
 
 
+@torch.compiler.assume_constant_result
+def has_flash_attention(device: torch.device) -> bool:
+    """Whether torch's own FlashAttention runs on a GPU: in this build, and from compute capability 8.0."""
+    return torch.backends.cuda.is_flash_attention_available() and torch.cuda.get_device_capability(device) >= (8, 0)
+
+
 def named_config(dtype: torch.dtype, K: int, V: int, shared: int = H100_SHARED) -> tuple[str, Config]:
     """Name and values of the configuration for this dtype and head sizes with so many bytes of shared memory.
 

@@ -81,7 +81,7 @@ def _(
 
 
 def _state_shape(k: Tensor, v: Tensor, cu_seqlens: Tensor | None) -> list[int]:
-    N = k.shape[0] if cu_seqlens is None else len(cu_seqlens) - 1
+    N = k.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
     return [N, v.shape[2], k.shape[3], v.shape[3]]
 
 

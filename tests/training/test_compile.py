@@ -1,0 +1,107 @@
+"""`train.compile`: blocks without graph breaks, each kind compiled once, and never again from step to step."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from small import MODELS, SMALL
+from torch import Tensor
+from torch._dynamo.testing import CompileCounterWithBackend
+from torch.fx import GraphModule
+
+from gdn2 import LanguageModel, ModelConfig
+
+# torch.compile's own look at tensors
+pytestmark = pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
+
+
+@pytest.fixture(autouse=True)
+def forgotten() -> Iterator[None]:
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+def compiled(name: str, **changes: Any) -> tuple[LanguageModel, LanguageModel, CompileCounterWithBackend]:
+    """A model, the same with compiled blocks, and what counts the compilations."""
+    counter = CompileCounterWithBackend("aot_eager")
+    models = []
+    for _ in range(2):
+        torch.manual_seed(0)
+        models.append(LanguageModel(ModelConfig(**SMALL | MODELS[name] | {"num_layers": 4} | changes)))
+    for block in models[1].blocks:
+        block.compile(backend=counter, fullgraph=True)
+    return models[0], models[1], counter
+
+
+def step(model: LanguageModel, length: int, cu_seqlens: Tensor | None, seed: int) -> list[Tensor]:
+    """One step's loss and gradients, under autocast as on a GPU, and an update of the weights."""
+    rows = 2 if cu_seqlens is None else 1
+    tokens = torch.randint(257, (rows, length), generator=torch.Generator().manual_seed(seed))
+    model.zero_grad()
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = model.loss(tokens, tokens, cu_seqlens)
+    loss.backward()
+    gradients = [p.grad for p in model.parameters() if p.grad is not None]
+    with torch.no_grad():
+        torch._foreach_add_(list(model.parameters()), gradients, alpha=-0.01)
+    return [loss.detach(), *(g.clone() for g in gradients)]
+
+
+def packed(*lengths: int) -> Tensor:
+    return torch.tensor([0, *lengths]).cumsum(0)
+
+
+def compare(plain: LanguageModel, fast: LanguageModel, seed: int, cu_seqlens: Tensor | None = None) -> None:
+    ours, expected = (step(model, 24, cu_seqlens, seed) for model in (fast, plain))
+    assert float(ours[0]) == pytest.approx(float(expected[0]), rel=1e-4)
+    found, right = (torch.cat([g.flatten() for g in some[1:]]) for some in (ours, expected))
+    assert (found - right).norm() < 0.03 * right.norm()  # bfloat16: the same operations, other fusions of casts
+
+
+@pytest.mark.parametrize("name", ["gdn2", "window", "mamba2", "mamba3"])
+def test_each_kind_of_block_is_compiled_once_for_all_steps(name: str) -> None:
+    plain, fast, counter = compiled(name)
+    for seed in range(3):
+        compare(plain, fast, seed)
+        assert counter.frame_count == len(set(plain.config.layer_kinds))
+
+
+@pytest.mark.parametrize("name", ["window", "mamba3"])
+def test_other_packed_documents_compile_nothing_anew(name: str) -> None:
+    """Offsets of other values never do; another number of documents once, when torch learns that it varies."""
+    plain, fast, counter = compiled(name)
+    kinds = len(set(plain.config.layer_kinds))
+    for seed, lengths in enumerate([(10, 14), (23, 1)]):
+        compare(plain, fast, seed, packed(*lengths))
+        assert counter.frame_count == kinds
+    for seed, lengths in enumerate([(10, 4, 10), (6, 6, 6, 6), (1,) * 24, (20, 4)]):
+        compare(plain, fast, seed, packed(*lengths))
+        assert counter.frame_count == 2 * kinds
+
+
+def test_evaluation_between_steps_compiles_once_more() -> None:
+    _, fast, counter = compiled("window")
+    counts = []
+    for seed in range(2):
+        step(fast, 24, None, seed)
+        tokens = torch.zeros(2, 24, dtype=torch.int64)
+        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+            fast.loss(tokens, tokens)
+        counts.append(counter.frame_count)
+    assert counts == [4, 4]
+
+
+def test_the_operator_is_one_node_of_a_block() -> None:
+    nodes: list[str] = []
+
+    def look(graph: GraphModule, _: Any) -> Any:
+        nodes.extend(str(node.target) for node in graph.graph.nodes if node.op == "call_function")
+        return graph.forward
+
+    torch.manual_seed(0)
+    model = LanguageModel(ModelConfig(**SMALL))
+    model.blocks[0].compile(backend=look, fullgraph=True)
+    model.loss(*torch.zeros(2, 2, 24, dtype=torch.int64))
+    assert sum("gdn2" in node and "chunk" in node for node in nodes) == 1
