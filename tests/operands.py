@@ -8,6 +8,7 @@ from torch import Tensor
 DECAYS = {
     "layer": lambda *s: -torch.rand(*s, dtype=torch.float64) * 1.6,  # the range of the layer's initialisation
     "none": lambda *s: torch.zeros(*s, dtype=torch.float64),
+    "-5": lambda *s: torch.full(s, -5.0, dtype=torch.float64),  # strong chunks whose blocks of a few tokens are not
     "-25": lambda *s: torch.full(s, -25.0, dtype=torch.float64),
     "-90": lambda *s: torch.full(s, -90.0, dtype=torch.float64),
     "-1e4": lambda *s: torch.full(s, -1e4, dtype=torch.float64),

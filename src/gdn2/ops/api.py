@@ -25,7 +25,8 @@ _debug = False
 
 @contextmanager
 def debug_checks(enabled: bool = True) -> Iterator[None]:
-    """Within this context the operator also reads its inputs: a log-decay above zero or NaN is a ValueError."""
+    """Within this context the operator also reads its inputs, and waits for a GPU to do so: a log-decay above zero or
+    NaN is a ValueError, as are offsets `cu_seqlens` that are no partition of the tokens."""
     global _debug
     before, _debug = _debug, enabled
     try:
@@ -167,6 +168,9 @@ def _check_sequences(
             raise ValueError(f"cu_seqlens is on {cu_seqlens.device}; expected {device}, the device of v, or cpu")
         if B != 1:
             raise ValueError(f"cu_seqlens packs sequences into one row, but B is {B}; expected B = 1")
+        readable = type(cu_seqlens) is Tensor and not (torch.compiler.is_compiling() or is_planning())
+        if readable and (_debug or cu_seqlens.device.type == "cpu"):  # on a GPU, reading it would wait
+            sequence_bounds(cu_seqlens, T)
         N = cu_seqlens.shape[0] - 1
     if initial_state is not None and initial_state.shape != (N, *state):
         raise ValueError(f"initial_state has shape {_show(initial_state)}; expected {[N, *state]}")

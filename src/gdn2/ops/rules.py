@@ -39,7 +39,8 @@ def gated_delta_rule_2(
         scale: multiplies q; K ** -0.5 when None.
         initial_state: [N, HV, K, V], zeros when None. N is B, or the number of packed sequences.
         output_final_state: whether to return the state after the last token.
-        cu_seqlens: [N + 1] int32 or int64, offsets that pack N sequences into B = 1; some may be empty.
+        cu_seqlens: [N + 1] int32 or int64, offsets that pack N sequences into B = 1; some may be empty. "triton" does
+            not read those on a GPU, unless within `debug_checks`: what is no partition gives undefined outputs.
         backend: "reference" (token by token, the specification), "torch" (chunkwise, any device), "triton" (kernels for
             CUDA tensors of at most 32 bits and heads of at most 256 channels), or "auto": triton where it can, else
             torch.

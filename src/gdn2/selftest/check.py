@@ -33,7 +33,8 @@ from gdn2.ops.rules import gated_delta_rule_2
 BOUNDS = {"float32": (1e-5, 5e-5), "bfloat16": (1e-2, 2e-2), "float16": (1e-2, 2e-2)}
 LAYER_BOUNDS = {"float32": (1e-5, 5e-5), "bfloat16": (3e-2, 5e-2), "float16": (3e-2, 5e-2)}
 TIMEOUT = 600  # seconds for a case, compilation included
-LONG, MANY = [130, 0, 70, 1], [7, 0, 3, 9, 1, 5] * 9  # lengths: the narrow tiles of a scan, and the wide ones
+# Lengths, for the narrow tiles of a scan and for the wide ones; both are of several chunks.
+LONG, MANY = [130, 0, 70, 1], [130, 0, 70, *[7, 0, 3, 9, 1, 5] * 5]
 SEGMENT = 1  # chunks, where sequences are cut
 CPU = torch.device("cpu")
 
@@ -98,7 +99,7 @@ def _cases() -> Iterator[Case | StepCase | LayerCase]:
         yield StepCase(dtype)
         if dtype == "float16":  # the rest is compiled as for bfloat16
             return
-        for K, V in ((16, 16), (64, 64), (48, 100), (128, 256)):
+        for K, V in ((16, 16), (64, 64), (48, 100), (192, 96), (128, 256)):
             yield replace(plain, K=K, V=V)
         yield replace(plain, K=256, V=256, projected=True)
         yield replace(plain, group=2)

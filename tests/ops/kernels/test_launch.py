@@ -9,6 +9,7 @@ from operands import DECAYS, assert_close, draw, relative, results
 
 from gdn2.ops import gated_delta_rule_2
 from gdn2.ops.kernels import configs, launch
+from gdn2.ops.kernels.chunks import locate
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 needs_gpu = pytest.mark.skipif(DEVICE == "cpu", reason="no CUDA device")
@@ -55,7 +56,9 @@ def test_kernels_match_recurrent_for_any_length(T):
     held_to_reference(draw(B=1, T=T, H=1, K=16, V=16))
 
 
-@pytest.mark.parametrize(("H", "HV", "K", "V"), [(1, 1, 12, 20), (1, 2, 24, 16), (2, 2, 16, 40)])
+@pytest.mark.parametrize(
+    ("H", "HV", "K", "V"), [(1, 1, 12, 20), (1, 2, 24, 16), (2, 2, 16, 40), (2, 2, 48, 16), (2, 2, 16, 48)]
+)
 def test_kernels_match_recurrent_for_any_heads(H, HV, K, V):
     held_to_reference(draw(B=2, T=20, H=H, HV=HV, K=K, V=V))
 
@@ -88,6 +91,39 @@ def test_identical_keys_without_decay_match_recurrent(erase, write):
     operands.write.fill_(write)
     # Without erasing, one key is written 36 times and read 36 times: gradients are sums that large.
     held_to_reference(operands, bounds=(5e-6, 5e-5))
+
+
+def test_a_write_gate_may_be_wider_than_the_values():
+    operands = draw(B=1, T=20, H=1, HV=2, K=16, V=16)
+    call = {name: getattr(operands, name).to(torch.bfloat16) for name in ("q", "k", "v", "erase")}
+    call |= {name: getattr(operands, name).float() for name in ("log_decay", "write")}
+    with torch.no_grad():
+        o, _ = gated_delta_rule_2(**{name: x.to(DEVICE) for name, x in call.items()}, backend="triton")
+    expected, _ = gated_delta_rule_2(**{name: x.double() for name, x in call.items()}, backend="reference")
+    assert relative(o.cpu(), expected) < 5e-3
+
+
+def test_descriptors_are_of_whole_heads_at_aligned_addresses():
+    x = torch.zeros(1, 32, 2, 64)
+    assert launch._tiles(x, 16, 16).block_shape == [16, 16]
+    assert launch._tiles(torch.zeros(1, 32, 2, 48), 16, 16).shape[-1] == 48  # padded to 64: read by pointers
+    assert launch._tiles(torch.zeros(1, 32, 2, 24), 16, 16).shape[-1] == 24
+    shifted = torch.zeros(x.numel() + 1)[1:].view_as(x)
+    assert launch._tiles(shifted, 16, 16) is shifted
+    assert launch._tiles(None, 16, 16) is None
+
+
+@pytest.mark.parametrize("bounds", [[0, 20, 50], [0, 10, 20], [5, 40], [0, 30, 20, 40]])
+def test_offsets_that_do_not_fit_are_named_and_touch_no_other_memory(bounds):
+    operands = draw(B=1, T=40, H=1, K=16, V=16, N=len(bounds) - 1).to(torch.float32)
+    with pytest.raises(ValueError, match="expected non-decreasing offsets from 0 to T = 40"):
+        operands.call(gated_delta_rule_2, cu_seqlens=torch.tensor(bounds), backend="triton")
+    chunks, spans, _ = locate(operands.k, torch.tensor(bounds), 16, 0)  # as offsets that stay on a GPU come
+    assert bool((chunks.token[chunks.length > 0] >= 0).all())
+    assert bool((chunks.token + chunks.length)[chunks.length > 0].le(40).all())
+    assert spans.start.min() >= 0
+    assert spans.start.max() <= 40
+    assert spans.first.max() <= len(chunks.token)
 
 
 def test_packed_sequences_match_recurrent():
@@ -217,10 +253,17 @@ def test_gpu_is_exact_for_every_decay(decay, dtype):
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize(
-    ("HV", "K", "V"), [(2, 16, 16), (2, 48, 64), (4, 60, 100), (2, 128, 256), (2, 256, 64), (2, 256, 256)]
+    ("HV", "K", "V"), [(2, 16, 16), (2, 48, 64), (4, 60, 100), (2, 128, 256), (2, 256, 64), (2, 256, 256), (2, 192, 96)]
 )
 def test_gpu_matches_recurrent_for_any_heads(HV, K, V, dtype):
     held_to_reference(draw(B=1, T=150, H=2, HV=HV, K=K, V=V), dtype)
+
+
+@needs_gpu
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", BOUNDS)
+def test_gpu_wide_tiles_of_a_scan_are_exact_over_several_chunks(dtype):
+    held_to_reference(draw(B=20, T=150, H=2, K=128, V=128), dtype)  # 80 programs
 
 
 @needs_gpu

@@ -38,7 +38,7 @@ def hold(rows, inputs, outputs, dtype, norm=False, added=False, swiglu=False, wa
 
 
 @pytest.mark.parametrize("dtype", BOUNDS)
-@pytest.mark.parametrize("rows", [1, 3])
+@pytest.mark.parametrize("rows", [1, 2])
 def test_product_of_a_norm_and_the_residual_sum(rows, dtype):
     hold(rows, 40, 13, dtype, norm=True, added=True)  # neither fills its tiles
 
@@ -48,7 +48,7 @@ def test_swiglu_of_a_norm(dtype):
     hold(2, 48, 10, dtype, norm=True, swiglu=True)
 
 
-@pytest.mark.parametrize("rows", [1, 2, 4])
+@pytest.mark.parametrize("rows", [1, 2])
 def test_a_wider_output(rows):
     hold(rows, 16, 8, torch.bfloat16, wanted=torch.float32)
 
@@ -77,9 +77,9 @@ def test_what_is_broken_stays_broken():
 
 
 def test_what_does_not_fit():
-    x, weight = torch.zeros(4, 1, 8, dtype=torch.bfloat16), torch.zeros(3, 8, dtype=torch.bfloat16)
+    x, weight = torch.zeros(2, 1, 8, dtype=torch.bfloat16), torch.zeros(3, 8, dtype=torch.bfloat16)
     assert project.fits(x, weight)
-    assert not project.fits(torch.zeros(5, 1, 8, dtype=torch.bfloat16), weight)
+    assert not project.fits(torch.zeros(3, 1, 8, dtype=torch.bfloat16), weight)
     assert not project.fits(x[:0], weight)
     assert not project.fits(x.float(), weight)
     assert not project.fits(x, torch.zeros(8, 3, dtype=torch.bfloat16).mT)
@@ -88,7 +88,7 @@ def test_what_does_not_fit():
 
 @pytest.mark.gpu
 @pytest.mark.skipif(DEVICE == "cpu", reason="no CUDA device")
-@pytest.mark.parametrize("rows", [1, 2, 3, 4])
+@pytest.mark.parametrize("rows", [1, 2])
 @pytest.mark.parametrize("dtype", BOUNDS)
 def test_gpu_real_sizes(rows, dtype):
     hold(rows, 2_304, 10_496, dtype, norm=True)
@@ -101,8 +101,7 @@ def test_gpu_real_sizes(rows, dtype):
 
 @pytest.mark.gpu
 @pytest.mark.skipif(DEVICE == "cpu", reason="no CUDA device")
-@pytest.mark.parametrize("begins", [1, 2])
-def test_gpu_kernels_that_begin_early_wait_for_what_they_read(monkeypatch, begins):
+def test_gpu_kernels_that_begin_early_wait_for_what_they_read(monkeypatch):
     """A chain of products, each of the one before, whose outputs take each other's places; from a graph and without."""
     torch.manual_seed(0)
     weights = [operand(2_048, 2_048, dtype=torch.bfloat16) * 2_048**-0.5 for _ in range(8)]
@@ -125,7 +124,6 @@ def test_gpu_kernels_that_begin_early_wait_for_what_they_read(monkeypatch, begin
     with monkeypatch.context() as patch:
         patch.setattr(early, "NEXT", 0)
         expected = of_all(chain)
-    monkeypatch.setattr(early, "NEXT", begins)
     assert torch.equal(of_all(chain), expected)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):

@@ -14,17 +14,23 @@ def main() -> None:
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
+    from triton.tools.tensor_descriptor import TensorDescriptor
 
     from gdn2.ops.kernels import configs, launch, tables
 
     kinds = {torch.bfloat16: "*bf16", torch.float32: "*fp32", torch.int32: "*i32", torch.int64: "*i64"}
     largest = 0
 
+    def kind_of(x):
+        if isinstance(x, TensorDescriptor):
+            return f"tensordesc<{kinds[x.base.dtype][1:]}[{', '.join(map(str, x.block_shape))}]>"
+        return "constexpr" if x is None else kinds[x.dtype] if isinstance(x, torch.Tensor) else "fp32"
+
     def compile_scans(kernel, programs, args, constants, warps=4, stages=1):
         nonlocal largest
         if "scan" not in kernel.fn.__name__:
             return
-        given = ["constexpr" if x is None else kinds[x.dtype] if isinstance(x, torch.Tensor) else "fp32" for x in args]
+        given = [kind_of(x) for x in args]
         signature = dict(zip(kernel.arg_names, given + ["constexpr"] * len(constants), strict=True))
         values = {name: x for name, x in zip(kernel.arg_names, (*args, *constants)) if signature[name] == "constexpr"}
         attributes = {(i,): [["tt.divisibility", 16]] for i, x in enumerate(args) if isinstance(x, torch.Tensor)}
@@ -38,10 +44,12 @@ def main() -> None:
         for bound, shared, config in rows:
             dtype = torch.bfloat16 if rows is tables.CONFIGS[2] else torch.float32
             name, _ = configs.named_config(dtype, bound, bound)
+            launch.descriptors = lambda device, shared=shared: ARCHITECTURES[shared // 1024] >= 90
             x = torch.zeros(64, 1, 1, bound, dtype=dtype)  # sequences enough for the wide tiles
             operands = (x, x, x, x.float(), x, x)
             with configs.using({name: config}):
                 launch.forward(*operands, 1.0, None, None, True, False)
+                launch.forward(*operands[:5], x.float(), 1.0, None, None, True, False)  # write gates in float32
                 o, _, kept = launch.forward(*operands, 1.0, None, None, True, True)
                 launch.backward(o, None, *operands, 1.0, None, None, kept)
             print(largest, shared)

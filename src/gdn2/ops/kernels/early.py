@@ -16,19 +16,14 @@ import triton.language as tl
 
 from gdn2.ops.kernels.run import INTERPRET
 
-# When the next kernel may begin: 0 when this one has ended, 1 once all programs of this one have done their waiting,
-# 2 once all of them have begun.
-NEXT = 1
+NEXT = 1  # the next kernel may begin once all programs of this one have done their waiting; 0: when it has ended
 
 
 @triton.jit
 def wait_for_inputs(EARLY: tl.constexpr):
     """Wait until the kernel before is complete, and let the next begin: see NEXT."""
-    if EARLY == 2:
-        tl.extra.cuda.gdc_launch_dependents()
     if EARLY:
         tl.extra.cuda.gdc_wait()
-    if EARLY == 1:
         tl.extra.cuda.gdc_launch_dependents()
 
 

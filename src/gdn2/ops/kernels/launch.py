@@ -85,8 +85,11 @@ def _dense(*tensors: Tensor | None) -> list[Any]:
 
 
 def _tiles(x: Tensor | None, rows: int, channels: int) -> Any:
-    """A token tensor [B, T, heads, D] for `token_tile`: a descriptor where tiles of so many channels make up a head."""
-    if x is None or x.shape[-1] % channels:
+    """A token tensor [B, T, heads, D] for `token_tile`: a descriptor where tiles of so many channels make up a head.
+
+    A head that is no power of two is read up to the next one, where a descriptor would give the next head's channels.
+    """
+    if x is None or x.shape[-1] % channels or x.shape[-1] & (x.shape[-1] - 1):
         return x
     return _descriptor(x, x.shape[2] * x.shape[3], rows, channels)
 
@@ -176,7 +179,9 @@ def forward(
     M, N = chunk_count(k, cu_seqlens, s.C), sequence_count(k, cu_seqlens)
     chunks, spans, segments = locate(k, cu_seqlens, s.C, segment_length(config, M, N, s))
     q, k, v, log_decay, erase, write, initial_state = _dense(q, k, v, log_decay, erase, write, initial_state)
-    ready = save_for_backward or segments is not None
+    # A wider write gate does not fit into the shared memory of the scan that would read it.
+    wide = write is not None and write.element_size() > v.element_size()
+    ready = save_for_backward or segments is not None or wide
     needed = Residuals._fields if save_for_backward else USED_BY_SCAN + ("X",) * ready
     specs = zip(Residuals._fields, residual_specs(k, v, erase, cu_seqlens))
     kept = Residuals(
