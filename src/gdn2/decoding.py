@@ -90,8 +90,14 @@ class DecodeStep:
         """Read a token in each row; returns `logits`, and sets `likeliest`.
 
         tokens: N ids, or [N] int64 on the model's device. With full attention see to `make_room` before.
+        ValueError for another number of them, or another dtype.
         """
         self._copied = None
+        N = len(self._tokens)
+        if isinstance(tokens, Tensor) and (tokens.shape != (N,) or tokens.dtype != torch.int64):
+            raise ValueError(f"tokens are {tokens.dtype} of shape {list(tokens.shape)}; expected int64 of shape [{N}]")
+        if len(tokens) != N:
+            raise ValueError(f"{len(tokens)} tokens; expected {N}, one for each row")
         if isinstance(tokens, Tensor):
             self._tokens[:, 0].copy_(tokens)
         else:

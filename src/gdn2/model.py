@@ -203,6 +203,10 @@ class LanguageModel(nn.Module):
         Returns:
             The logits of the next token, as from `logits`: [N, vocab_size].
         """
+        if tokens.dim() != 2 or tokens.shape[1] != 1:
+            raise ValueError(f"tokens have shape {list(tokens.shape)}; expected [N, 1]")
+        if len(state) != len(self.blocks):
+            raise ValueError(f"state has {len(state)} entries; expected one for each of {len(self.blocks)} blocks")
         x, added = self.embedding(tokens), None
         for block, own in zip(self.blocks, state):
             x, added = cast(Block, block).step(x, added, own)
@@ -217,7 +221,10 @@ class LanguageModel(nn.Module):
 
     def pack(self) -> None:
         """Put weights that `step` reads together side by side in memory; parameters become views, nothing is held
-        twice, and results change by rounding at most. Moving or casting the model undoes it."""
+        twice, and results change by rounding at most. Moving, casting or quantizing the model undoes it.
+
+        With few texts `step` takes kernels that reach over modules then, whose hooks are not called.
+        """
         for module in self.modules():
             pack = getattr(module, "pack", None)
             if module is not self and pack is not None:
@@ -267,6 +274,18 @@ class LanguageModel(nn.Module):
     def _chunk_loss(self, hidden: Tensor, targets: Tensor) -> Tensor:
         return cross_entropy(self._logits(hidden), targets, IGNORED_TARGET)
 
+    def _apply(self, fn: Any, recurse: bool = True) -> Self:
+        super()._apply(fn, recurse)
+        self._drop_packed()
+        return self
+
+    def _drop_packed(self) -> None:
+        """Let go of packed matrices that the weights left."""
+        for module in self.modules():
+            packed = getattr(module, "_packed", None)
+            if packed is not None and not packed.holds(cast(Any, module)._reads()):
+                cast(Any, module)._packed = None
+
     def quantize(self, kind: str) -> Self:
         """Keep weights in 8 bits, "int8" or "fp8", a scale for each output; for inference, and not to be undone.
 
@@ -279,6 +298,7 @@ class LanguageModel(nn.Module):
             for name in ("q_proj", "k_proj", "v_proj", "out_proj", "head", *mlp):
                 if isinstance(getattr(module, name, None), nn.Linear):
                     setattr(module, name, QuantizedLinear(getattr(module, name), kind))
+        self._drop_packed()
         return self
 
     def num_parameters(self) -> int:

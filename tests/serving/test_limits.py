@@ -178,6 +178,12 @@ def test_answer_that_takes_too_long_is_504_and_frees_its_slot():
         ask = {"prompt": "ab", "max_tokens": 4_000, "temperature": 0}
         answer = live.post("/v1/completions", ask)
         assert (answer.status_code, answer.json()["error"]["code"]) == (504, "timeout")
+        with httpx.Client(base_url=live.url, timeout=30) as client:  # which goes on on its connection
+            places = [
+                response.extensions["network_stream"].get_extra_info("client_addr")
+                for response in (client.post("/v1/completions", json=ask), client.get("/health"))
+            ]
+        assert places[0] == places[1]
         events = live.post("/v1/completions", ask | {"stream": True}).text.split("\n\n")
         assert '"code": "timeout"' in events[-3]
         until(lambda: live.metric("gdn2_active_requests") == 0, 2)
@@ -191,7 +197,8 @@ def test_client_that_leaves_frees_its_slot(stream):
         with httpx.Client(timeout=30 if stream else 0.5) as client:
             if stream:
                 with client.stream("POST", f"{live.url}/v1/completions", json=ask) as response:
-                    assert next(response.iter_lines()).startswith("data: ")
+                    lines = response.iter_lines()  # dropped, it would end the stream
+                    assert next(lines).startswith("data: ")
                     until(lambda: live.metric("gdn2_active_requests") == 1)
             else:
                 with pytest.raises(httpx.ReadTimeout):

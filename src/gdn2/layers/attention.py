@@ -172,12 +172,13 @@ class SlidingWindowAttention(nn.Module):
 
     def pack(self) -> None:
         """Put the three projections side by side for `step_sum`, where they can be and are not yet."""
-        self._packed = Packed.of([self.q_proj, self.k_proj, self.v_proj], self._packed)
+        self._packed = Packed.of(self._reads(), self._packed)
 
     def few(self, x: Tensor, state: AttentionState) -> bool:
         """Whether `step_sum` can take x and the state: few rows, on a GPU, after `pack`."""
         alike = state.keys.dtype == state.values.dtype == x.dtype
-        return alike and self._packed is not None and self._packed.valid and few(x, self.q_proj, self.out_proj)
+        packed = self._packed is not None and self._packed.holds(self._reads())
+        return alike and packed and few(x, self.q_proj, self.out_proj)
 
     def step_sum(self, x: Tensor, norm: RMSNorm, state: AttentionState) -> Tensor:
         """x + step(norm(x), state), in four kernels; for what is `few`."""
@@ -187,6 +188,10 @@ class SlidingWindowAttention(nn.Module):
         projected = project(x, self._packed.matrix, norm=norm.weight, eps=norm.eps)
         q, k, v = projected.view(-1, 3, self.num_heads, self.head_dim).unbind(1)
         return project(self._attend(q, k, v, state), self.out_proj.weight, added=x)
+
+    def _reads(self) -> list[nn.Module]:
+        """What reads the layer's input."""
+        return [self.q_proj, self.k_proj, self.v_proj]
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor, state: AttentionState) -> Tensor:
         """[N, 1, d_model] of one token's q, k, v [N, heads, head_dim] by the fused kernels."""

@@ -243,7 +243,8 @@ class GatedDeltaNet2(DeltaMixer):
 
     def few(self, x: Tensor, state: DeltaState) -> bool:
         """Whether `step_sum` can take x and the state: few rows, on a GPU, after `pack`, heads as `mix` takes them."""
-        if self._packed is None or not (self._packed.valid and self.gates.plain and few(x, self.q_proj, self.out_proj)):
+        packed = self._packed is not None and self._packed.holds(self._reads())
+        if not (packed and self.gates.plain and few(x, self.q_proj, self.out_proj)):
             return False
         from gdn2.ops.kernels import decode, mix
 
@@ -262,10 +263,12 @@ class GatedDeltaNet2(DeltaMixer):
 
     def pack(self) -> None:
         """Put all that reads the layer's input side by side for the fused step, where it can be and is not yet."""
-        low_decay = cast(nn.Sequential, self.gates.decay.projection)[0]
-        read = [self.q_proj, self.k_proj, self.v_proj, self.gates.erase, self.gates.write]
-        read += [cast(Linear, low_decay), cast(Linear, self.output_gate[0])]
-        self._packed = Packed.of(read, self._packed)
+        self._packed = Packed.of(self._reads(), self._packed)
+
+    def _reads(self) -> list[nn.Module]:
+        """What reads the layer's input."""
+        low_decay, low_gate = cast(nn.Sequential, self.gates.decay.projection)[0], self.output_gate[0]
+        return [self.q_proj, self.k_proj, self.v_proj, self.gates.erase, self.gates.write, low_decay, low_gate]
 
     def _step(self, x: Tensor, state: DeltaState) -> tuple[Tensor, DeltaState]:
         """`forward` of one token [B, 1, d_model], fused between the projections."""
@@ -282,7 +285,7 @@ class GatedDeltaNet2(DeltaMixer):
         from gdn2.ops.kernels import decode
 
         decay = self.gates.decay
-        if self._packed is None or not self._packed.valid:
+        if self._packed is None or not self._packed.holds(self._reads()):
             projected = self.q_proj(x), self.k_proj(x), self.v_proj(x), *self.gates.project(x), self.output_gate(x)
         else:
             q, k, v, b, w, low_f, low_gate = self._packed(x)

@@ -30,11 +30,11 @@ class SwiGLU(nn.Module):
 
     def pack(self) -> None:
         """Put gate and up side by side for `step`, where they can be and are not yet."""
-        self._packed = Packed.of([self.gate, self.up], self._packed)
+        self._packed = Packed.of(self._reads(), self._packed)
 
     def step(self, x: Tensor) -> Tensor:
         """`forward` without gradients, in fewer operations once packed."""
-        if self._packed is None or not self._packed.valid or not fused(x):
+        if self._packed is None or not self._packed.holds(self._reads()) or not fused(x):
             return self(x)
         from gdn2.ops.kernels.between import swiglu
 
@@ -43,7 +43,7 @@ class SwiGLU(nn.Module):
 
     def few(self, x: Tensor) -> bool:
         """Whether `step_sum` can take x: few rows, on a GPU, after `pack`."""
-        return self._packed is not None and self._packed.valid and few(x, self.gate, self.down)
+        return self._packed is not None and self._packed.holds(self._reads()) and few(x, self.gate, self.down)
 
     def step_sum(self, x: Tensor, norm: RMSNorm) -> Tensor:
         """x + step(norm(x)), in two kernels; for what is `few`."""
@@ -52,3 +52,7 @@ class SwiGLU(nn.Module):
         assert self._packed is not None
         y = project(x, self._packed.matrix, norm=norm.weight, eps=norm.eps, swiglu=True)
         return project(y, self.down.weight, added=x)
+
+    def _reads(self) -> list[nn.Module]:
+        """What reads the input."""
+        return [self.gate, self.up]

@@ -11,7 +11,7 @@ class Packed:
     """One matrix that holds the weights of several Linears without biases, whose parameters become views of its rows.
 
     `matrix` [sum of sizes, in] is that. So nothing is held twice, and changes of a weight in place are seen. A Linear
-    that is given another tensor, by a move or a cast, ends it: `valid` then says so.
+    that is given another tensor, by a move or a cast, or whose place another module takes, ends it: see `holds`.
     """
 
     @torch.inference_mode(False)
@@ -33,13 +33,16 @@ class Packed:
     @classmethod
     def of(cls, modules: Sequence[nn.Module], before: "Packed | None") -> "Packed | None":
         """These Linears packed, or as they were `before` while that holds: a CUDA graph may be reading it."""
-        if before is not None and before.valid:
+        if before is not None and before.holds(modules):
             return before
         return cls([m for m in modules if isinstance(m, nn.Linear)]) if cls.possible(modules) else None
 
-    @property
-    def valid(self) -> bool:
-        return all(linear.weight.data_ptr() == rows.data_ptr() for linear, rows in zip(self._linears, self._views))
+    def holds(self, modules: Sequence[nn.Module]) -> bool:
+        """Whether `matrix` is the weights of these modules."""
+        same = len(modules) == len(self._linears) and all(a is b for a, b in zip(modules, self._linears))
+        return same and all(
+            linear.weight.data_ptr() == rows.data_ptr() for linear, rows in zip(self._linears, self._views)
+        )
 
     def product(self, x: Tensor) -> Tensor:
         """[..., in] -> [..., sum of sizes], the Linears' outputs beside each other."""

@@ -27,7 +27,7 @@ from gdn2.serving.service import Service
 from gdn2.serving.settings import ServerSettings
 from gdn2.serving.streams import ClientGoneError
 from gdn2.serving.view import ViewRequest, describe, view
-from gdn2.serving.worker import BusyError, EngineWorker
+from gdn2.serving.worker import BusyError, EngineError, EngineWorker
 
 CLIENT_GONE = 499  # what web servers log for it; nobody receives it
 
@@ -74,7 +74,9 @@ def create_app(
         await worker.stop()
 
     app = FastAPI(title="gdn2", version=gdn2.__version__, lifespan=lifespan, docs_url=None, redoc_url=None)
-    for kind in (HTTPException, RequestValidationError, RequestError, BusyError, Exception):
+    # What is named here is answered and no more; anything else is also logged, and ends the connection.
+    expected = (HTTPException, RequestValidationError, RequestError, BusyError, EngineError, TimeoutError)
+    for kind in (*expected, Exception):
         app.exception_handler(kind)(refuse)
 
     @app.exception_handler(ClientGoneError)

@@ -118,7 +118,8 @@ def show(config: RunConfig, run_dir: Path, rate: float | None = None, devices: i
         lines.append(
             (f" {mark}recompute={mode}", f"activations {size(memory.activations)} ({each}), peak {size(memory.peak)}")
         )
-    kept = train.keep_last + 1
+    milestones = 0 if not train.keep_every else costs.steps // train.keep_every
+    kept = min(train.keep_last + 1 + milestones, max(1, costs.steps))  # one more while it is written
     free = shutil.disk_usage(next(p for p in run_dir.absolute().parents if p.is_dir())).free
     lines.append(
         (

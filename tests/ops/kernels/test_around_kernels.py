@@ -116,6 +116,20 @@ def test_cross_entropy_of_extreme_logits():
     assert gradient[[0, 1, 3]].tolist() == [[1, -1, 0], [0, 0, 0], [0, 0, 0]]
 
 
+def test_impossible_words_of_a_whole_block_count_as_none(monkeypatch):
+    monkeypatch.setattr(cross_entropy, "BLOCK", 8)
+    logits = torch.randn(2, 20, device=DEVICE)
+    logits[0, :8] = -torch.inf
+    logits[1, 8:16] = -torch.inf
+    logits.requires_grad_()
+    targets = torch.tensor([9, 1], device=DEVICE)
+    loss = cross_entropy.cross_entropy(logits, targets, IGNORED)
+    expected = F.cross_entropy(logits, targets, reduction="none")
+    torch.testing.assert_close(loss, expected)
+    ours, theirs = (torch.autograd.grad(x.sum(), logits)[0] for x in (loss, expected))
+    torch.testing.assert_close(ours, theirs)
+
+
 @pytest.mark.parametrize("target", [-1, 3, 2**40])
 def test_a_target_that_is_no_word_gives_nan_and_reads_nothing(target):
     loss = cross_entropy.cross_entropy(torch.zeros(1, 3, device=DEVICE), torch.tensor([target], device=DEVICE), IGNORED)

@@ -30,7 +30,8 @@ def score_row(
     for start in tl.range(0, V, BLOCK):
         x = tl.load(x_ptr + row * V + start + cols, mask=start + cols < V, other=float("-inf")).to(tl.float32)
         new = tl.maximum(largest, tl.max(x, 0))
-        total = total * tl.exp(largest - new) + tl.sum(tl.exp(x - new), 0)
+        shift = tl.where(new == float("-inf"), 0.0, new)  # as long as all words are impossible
+        total = total * tl.exp(largest - shift) + tl.sum(tl.exp(x - shift), 0)
         largest = new
     log_sum = largest + tl.log(total)
     target = tl.load(target_ptr + row)

@@ -132,8 +132,14 @@ def project(
 
     x [..., I] and weight [O, I] of one dtype. h is x, or with `norm` [I] its RMSNorm of that weight and eps. With
     `swiglu` weight [2 O, I] is a gate above an up projection, and silu(gate h) * (up h) takes the place of W h.
+    ValueError for shapes that are not these.
     """
     I, O = x.shape[-1], weight.shape[0] // (2 if swiglu else 1)
+    expected = {"weight": (weight, weight.shape[:1] + (I,)), "norm": (norm, (I,)), "added": (added, (*x.shape[:-1], O))}
+    for name, (tensor, shape) in expected.items():
+        if tensor is not None and (tensor.shape != shape or (tensor is weight and not weight.is_contiguous())):
+            found = f"{name} has shape {list(tensor.shape)} and strides {tensor.stride()}"
+            raise ValueError(f"{found}; expected {list(shape)}, contiguous, beside x of {list(x.shape)}")
     x, added = x.contiguous(), None if added is None else added.contiguous()
     verdicts.demand(verdicts.DECODE, x.device)
     y = x.new_empty(*x.shape[:-1], O, dtype=dtype or x.dtype)
