@@ -5,7 +5,6 @@ context, or hangs, ends alone. `selftest` runs them side by side and keeps the v
 what is wrong.
 """
 
-import copy
 import json
 import os
 import subprocess
@@ -15,18 +14,19 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from gdn2.ops.cross_entropy import cross_entropy
 from gdn2.ops.kernels import verdicts
 from gdn2.ops.kernels.configs import named_config, shared_memory, using
 from gdn2.ops.kernels.tables import Config
 from gdn2.ops.projected import rule_from_projections
 from gdn2.ops.rules import gated_delta_rule_2
+from gdn2.selftest import parts
+from gdn2.selftest.compare import relative, with_gradients, worst
 
 # Relative L2 of outputs and of gradients, twice what rounding explains; wrong kernels were off by a tenth and more. The
 # products around the operator of a layer round too.
@@ -134,32 +134,13 @@ def measure(
     errors: dict[str, float] = {}
     with using(configs or {}, SEGMENT if isinstance(case, Case) and case.cut else 0):
         if isinstance(case, StepCase):
-            return _step_errors(case, device)
+            return parts.step_errors(getattr(torch, case.dtype), device)
         if isinstance(case, LayerCase):
-            return _layer_errors(case, device)
+            return parts.layer_errors(getattr(torch, case.dtype), device)
         for lengths in (LONG,) if case.cut else (LONG, MANY):
             for name, error in _rule_errors(case, lengths, device).items():
                 errors[name] = max(error, errors.get(name, 0.0))
-    return _worst(errors)
-
-
-def _worst(errors: dict[str, float]) -> tuple[float, float, str]:
-    gradients = {name: error for name, error in errors.items() if name.startswith("d ")}
-    outputs = [error for name, error in errors.items() if name not in gradients]
-    worst = max(gradients, key=lambda name: gradients[name], default="")
-    return max(outputs), gradients.get(worst, 0.0), worst
-
-
-def relative(a: Tensor, b: Tensor, heads: int | None = None) -> float:
-    """L2 distance of a from b relative to b, with `heads` the largest of any index on that axis; inf for NaN."""
-    a, b = a.detach().double().cpu(), b.detach().double()
-    if not bool(torch.isfinite(a).all()):
-        return float("inf")
-    if heads is None or heads >= a.dim():
-        return float((a - b).norm() / b.norm().clamp(min=1e-30))
-    rest = [n for n in range(a.dim()) if n != heads]
-    error, norm = (torch.linalg.vector_norm(x, dim=rest) for x in (a - b, b))
-    return float((error / norm.clamp(min=float(norm.max()) / 10 + 1e-30)).max())  # small ones are others' rounding
+    return worst(errors)
 
 
 def _draw(case: Case, tokens: int, sequences: int, device: torch.device) -> dict[str, Tensor | None]:
@@ -213,7 +194,7 @@ def _rule_errors(case: Case, lengths: list[int], device: torch.device) -> dict[s
         )
         o, state = call()
         assert state is not None  # it was asked for
-        found = _with_gradients({"o": o, "state": state}, {n: x for n, x in leaves.items() if x is not None})
+        found = with_gradients({"o": o, "state": state}, {n: x for n, x in leaves.items() if x is not None})
         if backend == "triton":  # kernels of their own where no backward follows
             with torch.no_grad():
                 o, state = call()
@@ -221,138 +202,6 @@ def _rule_errors(case: Case, lengths: list[int], device: torch.device) -> dict[s
         results.append(found | {"inference o": o, "inference state": state})
     heads = {"state": 1, "inference state": 1, "d state": 1, "d rate": 0}
     return {n: relative(x, results[1][n], heads.get(n, 2)) for n, x in results[0].items()}
-
-
-def _with_gradients(outputs: dict[str, Tensor], leaves: dict[str, Tensor]) -> dict[str, Tensor]:
-    generator = torch.Generator().manual_seed(1)
-    upstream = [torch.randn(y.shape, generator=generator).to(y) for y in outputs.values()]
-    gradients = torch.autograd.grad(list(outputs.values()), list(leaves.values()), upstream)
-    return outputs | {f"d {name}": g for name, g in zip(leaves, gradients)}
-
-
-def _layers(device: torch.device) -> tuple[torch.nn.Module, torch.nn.Module]:
-    """A layer on the device, and a copy in float64 on the CPU."""
-    from gdn2.layers import GatedDeltaNet2
-
-    torch.manual_seed(0)
-    layer = GatedDeltaNet2(64, 2, 2, 128, 128).to(device)
-    exact = GatedDeltaNet2(64, 2, 2, 128, 128).double()
-    exact.load_state_dict(layer.state_dict())
-    return layer, exact
-
-
-def _layer_errors(case: LayerCase, device: torch.device) -> tuple[float, float, str]:
-    from gdn2.layers import RMSNorm, SlidingWindowAttention, SwiGLU
-    from gdn2.layers.linear import Linear
-
-    dtype = getattr(torch, case.dtype)
-    errors: dict[str, float] = {}
-
-    def hold(name: str, call: Callable[[Any, Tensor], Tensor], narrow: Any, exact: Any, width: int = 64) -> None:
-        """A part's results and gradients on the device, beside those in float64."""
-        drawn, results = torch.randn(2, 150, width), []
-        for part, where, kind in ((narrow, device, torch.float32), (exact, CPU, torch.float64)):
-            x = drawn.to(where, kind).requires_grad_()
-            with torch.autocast(where.type, dtype, enabled=kind is not torch.float64 and dtype != torch.float32):
-                y = call(part, x)
-            results.append(_with_gradients({"y": y}, {"x": x} | dict(part.named_parameters())))
-        for n, x in results[0].items():
-            found = f"d {name}, {n.removeprefix('d ')}" if n.startswith("d ") else f"{name}, {n}"
-            errors[found] = relative(x, results[1][n])
-
-    def both(part: Any) -> tuple[Any, Any]:
-        return copy.deepcopy(part).to(device), part.double()
-
-    hold("layer", lambda layer, x: layer(x)[0], *_layers(device))
-    hold("sum and norm", lambda norm, x: torch.cat(norm.of_sum(x, x.square()), dim=-1), *both(RMSNorm(64)))
-    hold("SwiGLU", lambda mlp, x: mlp(x), *both(SwiGLU(64, 300)))
-    for window in (20, 100):
-        attention = both(SlidingWindowAttention(128, 2, window=window))
-        hold(f"window of {window}", lambda part, x: part(x, output_state=False)[0], *attention, width=128)
-    words = torch.randint(300, (2 * 150,))
-    words[::7] = -1
-    loss = lambda head, x: cross_entropy(head(3 * x).flatten(0, 1), words.to(x.device), -1)  # noqa: E731
-    hold("loss", loss, *both(Linear(64, 300, bias=False)))
-    return _worst(errors)
-
-
-@torch.no_grad()
-def _step_errors(case: StepCase, device: torch.device) -> tuple[float, float, str]:
-    dtype = getattr(torch, case.dtype)
-    layer, exact = _layers(device)
-    errors = {}
-    state = wide = None
-    for step, x in enumerate(torch.randn(4, 3, 1, 64)):
-        with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-            y, state = layer(x.to(device), state)
-        z, wide = exact(x.double(), wide)
-        errors[f"y {step}"] = relative(y, z)
-    return _worst(errors | _in_place_errors(dtype, device))
-
-
-def _in_place_errors(dtype: torch.dtype, device: torch.device) -> dict[str, float]:
-    """Of what a model's decoding step consists of, each part with weights of `dtype` beside the same in float64."""
-    from gdn2.layers import GatedDeltaNet2, RMSNorm, SlidingWindowAttention, SwiGLU
-    from gdn2.layers.linear import Linear
-    from gdn2.layers.quantized import QuantizedLinear
-
-    def both(part: Any) -> tuple[Any, Any]:
-        return part.to(device, dtype), copy.deepcopy(part).to(CPU).double()
-
-    def held(name: str, call: Callable[[Any, Tensor], Tensor], part: Any, x: Tensor) -> None:
-        narrow, exact = both(part)
-        if hasattr(narrow, "pack"):
-            narrow.pack()
-        errors[name] = relative(call(narrow, x.to(device, dtype)), call(exact, x.to(dtype).double()))
-
-    errors: dict[str, float] = {}
-    torch.manual_seed(0)
-    for name, part in (
-        ("step", GatedDeltaNet2(64, 2, 2, 128, 128)),
-        ("attention", SlidingWindowAttention(256, 2, window=80)),
-    ):
-        narrow, exact = both(part)
-        if isinstance(narrow, GatedDeltaNet2):
-            narrow.pack()
-        drawn = exact.initial_state(3)
-        drawn = type(drawn)(*(torch.randn_like(t) if t.is_floating_point() else t + 100 for t in drawn))
-        own = type(drawn)(*(t.to(like) for t, like in zip(drawn, narrow.initial_state(3))))
-        wide = type(drawn)(*(t.to(like, copy=True) for t, like in zip(own, exact.initial_state(3))))
-        for n, x in enumerate(torch.randn(4, 3, 1, part.d_model)):
-            y, z = narrow.step(x.to(device, dtype), own), exact.step(x.to(dtype).double(), wide)
-            errors[f"{name} {n}"] = relative(y, z)
-    errors |= _few_errors(dtype, device)
-    x = torch.randn(3, 1, 256)
-    held("sum and norm", lambda part, x: torch.cat(part.of_sum(x, 2 * x)), RMSNorm(256), x)
-    held("SwiGLU", lambda part, x: part.step(x), SwiGLU(256, 300), x)
-    for kind in ("int8", "fp8"):
-        held(kind, lambda part, x: part(x), QuantizedLinear(Linear(256, 70, bias=False), kind), x)
-    return errors
-
-
-def _few_errors(dtype: torch.dtype, device: torch.device) -> dict[str, float]:
-    """Of the layers as they decode few texts, by other kernels, with the norm before and the residual sum after."""
-    from gdn2.layers import GatedDeltaNet2, RMSNorm, SlidingWindowAttention, SwiGLU
-
-    def summed(part: Any, x: Tensor, norm: RMSNorm, *state: Any) -> Tensor:
-        y: Tensor = part.step_sum(x, norm, *state) if part.few(x, *state) else x + part.step(norm(x), *state)
-        return y
-
-    errors: dict[str, float] = {}
-    part: Any
-    for name, part in (
-        ("mixer", GatedDeltaNet2(64, 1)),
-        ("attention", SlidingWindowAttention(64, 2, window=3)),
-        ("SwiGLU", SwiGLU(64, 100)),
-    ):
-        norm, (narrow, exact) = RMSNorm(64), (copy.deepcopy(part).to(device, dtype), part.to(dtype).to(CPU).double())
-        narrow.pack()
-        for rows in (1, 3):
-            states = [()] * 2 if name == "SwiGLU" else [(layer.initial_state(rows),) for layer in (narrow, exact)]
-            for n, x in enumerate(torch.randn(4, rows, 1, 64).mul(0.01).to(dtype)):  # the sum does not hide the rest
-                y = summed(narrow, x.to(device), copy.deepcopy(norm).to(device, dtype), *states[0])
-                errors[f"{rows} of {name} {n}"] = relative(y, summed(exact, x.double(), norm.double(), *states[1]))
-    return errors
 
 
 def find(number: int, shared: int, run: Callable[[int], tuple[float, float, str]]) -> Finding:
