@@ -138,6 +138,7 @@ def test_a_gpu_is_planned_for_without_one(make_config: MakeConfig, mode: str, mi
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize("mode", RECOMPUTE)
+@pytest.mark.usefixtures("most_of_the_memory")
 def test_peak_on_a_gpu_is_the_planned_one(make_config: MakeConfig, mode: str) -> None:
     """150M parameters in bfloat16, the optimizer's states there; torch's own count, in which a context has no part."""
     preset = ("preset=gdn2-hybrid-150m", "model.num_layers=18", "model.d_model=768", "model.mlp_width=2256")

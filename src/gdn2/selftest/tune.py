@@ -1,16 +1,19 @@
 """Which configuration is fastest on this GPU? On request only; what wins and is right is kept with the verdicts.
 
-Fields of a configuration are tried one after the other, each trial in a process of its own
-(`python -m gdn2.selftest.tune NAME VALUES`), which times forward and backward and holds the trial to float64. Before,
-all trials run side by side, for Triton to compile them: those times are worth nothing.
+First every trial is compiled and held to float64, each in a process of its own, since it may crash the GPU's context,
+and many side by side. Then one process times the right ones, each in turns with the best so far: the GPU's clock rises
+and falls by more than what they differ by. A trial changes one kernel, so that the winners of several kernels go
+together; what they are together is checked once more.
 """
 
 import json
+import os
+import statistics
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from itertools import product
 from typing import Any
@@ -27,6 +30,7 @@ from gdn2.selftest import check
 SHAPE = 4, 2048, 16  # sequences, tokens, heads
 GAIN = 0.98  # of the time of the best so far, below which a trial wins
 HEAD_SIZES = (128, 256)
+CALLS, ROUNDS, WARM = 5, 7, 100  # calls of a time, times in turns, calls before
 
 
 def trials(config: Config) -> Iterator[tuple[str, Any]]:
@@ -48,30 +52,31 @@ def trials(config: Config) -> Iterator[tuple[str, Any]]:
 def tune(device: torch.device, quick: bool = False, jobs: int | None = None) -> Iterator[str]:
     """Tune the configurations of this GPU that are not known to be wrong; a line of text for each trial.
 
-    `quick`: that of bfloat16 with heads of 128 alone, and nothing is kept. `jobs` trials are compiled at a time.
+    `quick`: that of bfloat16 with heads of 128 alone, and nothing is kept. `jobs` trials are checked at a time.
     """
     shared = shared_memory(device)
     for dtype, size in product(("bfloat16", "float32"), HEAD_SIZES) if not quick else [("bfloat16", 128)]:
-        name, best = named_config(getattr(torch, dtype), size, size, shared)
+        name, config = named_config(getattr(torch, dtype), size, size, shared)
         verdict = verdicts.load(device)
         if name in verdict.wrong:
             yield f"{name}: refused by the self-test, not tuned"
             continue
-        tried = [replace(best, **{field: value}) for field, value in trials(best)]
+        yield f"{name}: {config}"
+        work = Work(name, dtype, size)
+        tried = list(trials(config))
         with ThreadPoolExecutor(check.processes(jobs)) as pool:
-            list(pool.map(partial(_attempt, name, dtype, size), tried))
-        least = _trial(name, dtype, size, best)
-        yield f"{name}: {least:.3f} ms forward and backward"
-        for field, value in trials(best):
-            trial = replace(best, **{field: value})
-            ms = _attempt(name, dtype, size, trial)
-            if isinstance(ms, str):
-                yield f"  {field} {value}: {ms}"
-                continue
-            yield f"  {field} {value}: {ms:.3f} ms"
-            if ms < GAIN * least:
-                best, least = trial, ms
-        if quick:
+            each = (replace(config, **{kernel: value}) for kernel, value in tried)
+            found = list(pool.map(partial(_wrong, work), each))
+        for (kernel, value), wrong in zip(tried, found):
+            if wrong:
+                yield f"  {kernel} {value}: {wrong}"
+        right = [trial for trial, wrong in zip(tried, found) if not wrong]
+        best, lines = _raced(work, config, right)
+        yield from (f"  {line}" for line in lines)
+        wrong = _wrong(work, best) if best != config else ""
+        if wrong:
+            yield f"  together the winners are wrong, nothing is kept: {wrong}"
+        elif quick:
             yield f"  best {best}"
         else:
             verdict.tuned[name] = best
@@ -79,53 +84,107 @@ def tune(device: torch.device, quick: bool = False, jobs: int | None = None) -> 
             yield f"  kept {best}"
 
 
-def _attempt(name: str, dtype: str, size: int, config: Config) -> float | str:
-    """`_trial`, or what is wrong with it."""
+def race(
+    time: Callable[[Config, Config], tuple[float, float]], best: Config, tried: Iterable[tuple[str, Any]]
+) -> tuple[Config, list[str]]:
+    """The best configuration, and a line for each trial; `time`: milliseconds of the best so far and of a trial."""
+    lines = []
+    for kernel, value in tried:
+        trial = replace(best, **{kernel: value})
+        least, ms = time(best, trial)
+        lines.append(f"{kernel} {value}: {ms:.3f} ms forward and backward, {ms / least:.3f} of the best so far")
+        if ms < GAIN * least:
+            best = trial
+    return best, lines
+
+
+@dataclass(frozen=True)
+class Work:
+    """What a configuration of this name is timed with."""
+
+    name: str
+    dtype: str
+    size: int
+
+    def check(self, config: Config, device: torch.device) -> None:
+        """ValueError when errors are beyond the self-test's bounds."""
+        case = check.Case(self.dtype, self.size, self.size)
+        output, gradient, worst = check.measure(case, device, {self.name: config})
+        bounds = check.BOUNDS[self.dtype]
+        if not (output <= bounds[0] and gradient <= bounds[1]):
+            raise ValueError(f"outputs are off by {output:.1e}, {worst} by {gradient:.1e}")
+
+    def times(self, device: torch.device) -> Callable[[Config, Config], tuple[float, float]]:
+        """Milliseconds, forward and backward, of two configurations in turns; medians."""
+        dtype = getattr(torch, self.dtype)
+        q, k, v, erase, write = torch.randn(5, *SHAPE, self.size, device=device, dtype=dtype).unbind()
+        log_decay = -torch.rand(*SHAPE, self.size, device=device)
+        operands = q, F.normalize(k, dim=-1), v, log_decay, erase.sigmoid(), write.sigmoid()
+        leaves = [x.detach().requires_grad_() for x in operands]
+
+        def milliseconds(config: Config, calls: int = CALLS) -> float:
+            start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+            with using({self.name: config}):
+                for call in range(calls + 1):
+                    if call == 1:  # the first one plans anew
+                        start.record()
+                    o, _ = gated_delta_rule_2(*leaves, backend="triton")
+                    torch.autograd.grad(o, leaves, v)
+            end.record()
+            end.synchronize()
+            return start.elapsed_time(end) / calls
+
+        def both(best: Config, trial: Config) -> tuple[float, float]:
+            milliseconds(trial, WARM)
+            times = [(milliseconds(best), milliseconds(trial)) for _ in range(ROUNDS)]
+            first, second = (statistics.median(column) for column in zip(*times))
+            return first, second
+
+        return both
+
+
+def _wrong(work: Work, config: Config) -> str:
+    """What is wrong with a configuration, or ""."""
     try:
-        return _trial(name, dtype, size, config)
+        _in_a_process("check", work, config)
     except subprocess.SubprocessError as error:
         return str(error)
+    return ""
 
 
-def _trial(name: str, dtype: str, size: int, config: Config) -> float:
-    """Milliseconds. SubprocessError when it fails, is wrong or does not end."""
-    argument = json.dumps({"name": name, "dtype": dtype, "size": size, "config": asdict(config)})
-    command = [sys.executable, "-m", "gdn2.selftest.tune", argument]
+def _raced(work: Work, config: Config, tried: list[tuple[str, Any]]) -> tuple[Config, list[str]]:
+    """`race` in a process of its own; the configuration as it is when that fails."""
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=check.TIMEOUT, check=False)
+        values, lines = json.loads(_in_a_process("race", work, config, tried))
+    except subprocess.SubprocessError as error:
+        return config, [f"not timed: {error}"]
+    return Config.of(values), lines
+
+
+def _in_a_process(what: str, work: Work, config: Config, tried: Sequence[tuple[str, Any]] = ()) -> str:
+    """The last line that it prints. SubprocessError when it fails or does not end."""
+    argument = json.dumps({"what": what, "work": asdict(work), "config": asdict(config), "tried": tried})
+    command = [sys.executable, "-m", "gdn2.selftest.tune", argument]
+    environment = {"OMP_NUM_THREADS": "1", **os.environ}
+    try:
+        done = subprocess.run(
+            command, capture_output=True, text=True, timeout=check.TIMEOUT, check=False, env=environment
+        )
     except subprocess.TimeoutExpired:
         raise subprocess.SubprocessError(f"no end within {check.TIMEOUT} s") from None
     if done.returncode != 0:
         raise subprocess.SubprocessError((done.stderr.strip() or "failed").splitlines()[-1][:200])
-    return float(done.stdout.splitlines()[-1])
-
-
-def _checked_time(name: str, dtype: str, size: int, config: Config, device: torch.device) -> float:
-    """Milliseconds. ValueError when the errors are beyond the self-test's bounds."""
-    output, gradient, worst = check.measure(check.Case(dtype, size, size), device, {name: config})
-    bounds = check.BOUNDS[dtype]
-    if not (output <= bounds[0] and gradient <= bounds[1]):
-        raise ValueError(f"outputs are off by {output:.1e}, {worst} by {gradient:.1e}")
-    q, k, v, erase, write = torch.randn(5, *SHAPE, size, device=device, dtype=getattr(torch, dtype)).unbind()
-    log_decay = -torch.rand(*SHAPE, size, device=device)
-    operands = q, F.normalize(k, dim=-1), v, log_decay, erase.sigmoid(), write.sigmoid()
-    leaves = [x.detach().requires_grad_() for x in operands]
-    times = []
-    with using({name: config}):
-        for _ in range(12):
-            start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-            start.record()
-            o, _ = gated_delta_rule_2(*leaves, backend="triton")
-            torch.autograd.grad(o, leaves, v)
-            end.record()
-            end.synchronize()
-            times.append(start.elapsed_time(end))
-    return sorted(times[2:])[5]
+    return (done.stdout.splitlines() or [""])[-1]
 
 
 def main() -> None:
     x = json.loads(sys.argv[1])
-    print(_checked_time(x["name"], x["dtype"], x["size"], Config.of(x["config"]), torch.device("cuda")))
+    work, config, device = Work(**x["work"]), Config.of(x["config"]), torch.device("cuda")
+    if x["what"] == "check":
+        work.check(config, device)
+    else:
+        best, lines = race(work.times(device), config, [(kernel, tuple(value)) for kernel, value in x["tried"]])
+        print(json.dumps([asdict(best), lines]))
 
 
 if __name__ == "__main__":

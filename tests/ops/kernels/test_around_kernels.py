@@ -138,12 +138,12 @@ def test_a_target_that_is_no_word_gives_nan_and_reads_nothing(target):
 
 def test_opcheck_passes():
     gate, up, logits = normal(torch.float32, 2, 6), normal(torch.float32, 2, 6), normal(torch.bfloat16, 3, 5)
-    torch.library.opcheck(swiglu._swiglu, (gate, up))
+    torch.library.opcheck(swiglu._swiglu.library, (gate, up))
     torch.library.opcheck(
-        rotary._rotate, (normal(torch.bfloat16, 1, 3, 2, 4), torch.rand(1, 3, 2, device=DEVICE), False)
+        rotary._rotate.library, (normal(torch.bfloat16, 1, 3, 2, 4), torch.rand(1, 3, 2, device=DEVICE), False)
     )
     targets = torch.tensor([0, 4, IGNORED], device=DEVICE)
-    torch.library.opcheck(cross_entropy._cross_entropy, (logits, targets, IGNORED))
+    torch.library.opcheck(cross_entropy._cross_entropy.library, (logits, targets, IGNORED))
 
 
 @pytest.mark.gpu
@@ -159,6 +159,7 @@ def test_gpu_real_sizes(dtype):
 
 @pytest.mark.gpu
 @gpu
+@pytest.mark.usefixtures("most_of_the_memory")
 def test_gpu_reaches_beyond_2_to_the_31_elements():
     """About 22 GB."""
     rows, end = 2**31 // 32_000 + 10, 5

@@ -94,7 +94,7 @@ def test_preactivations_of_any_size_stay_finite():
 def test_opcheck_passes(case):
     x, weight, tail = arguments(1, 9, N=2, tail=case == "packed", dtype=torch.float32)
     cu_seqlens = torch.tensor([0, 2, 9], device=DEVICE) if case == "packed" else None
-    torch.library.opcheck(conv._short_conv, (x, weight, tail, cu_seqlens, case != "no tail"))
+    torch.library.opcheck(conv._short_conv.library, (x, weight, tail, cu_seqlens, case != "no tail"))
 
 
 @pytest.mark.parametrize("packed", [None, [0, 2, 20]])
@@ -132,6 +132,7 @@ def test_gpu_gives_the_same_bits_twice():
 
 @pytest.mark.gpu
 @pytest.mark.skipif(DEVICE == "cpu", reason="no CUDA device")
+@pytest.mark.usefixtures("most_of_the_memory")
 def test_gpu_reaches_beyond_2_to_the_31_elements():
     """17 GB."""
     D, end = 2048, 100

@@ -319,6 +319,7 @@ def test_gpu_packs_thousands_of_documents():
 
 @needs_gpu
 @pytest.mark.gpu
+@pytest.mark.usefixtures("most_of_the_memory")
 def test_gpu_reaches_beyond_2_to_the_31_elements():
     H, K, tail = 16, 128, 100
     T = 2**31 // (H * K) + tail

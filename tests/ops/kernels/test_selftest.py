@@ -140,24 +140,62 @@ def test_tuning_keeps_what_is_right_and_faster(monkeypatch):
         tune, "named_config", lambda dtype, K, V, shared: (configs.named_config(dtype, K, V)[0], config)
     )
 
-    def trial(name, dtype, size, tried):
-        if tried.value != config.value:
-            raise subprocess.SubprocessError("d q is off by 0.3")
-        return 2.0 - 0.5 * (tried.scan[2] == 2) - 0.001 * (tried.key != config.key)  # the last is within noise
+    best = selftest.replace(config, scan=(*config.scan[:2], 2))
 
-    monkeypatch.setattr(tune, "_trial", trial)
+    def wrong(work, tried):
+        return "d q is off by 0.3" if tried.value != config.value else ""
+
+    def raced(work, tried, right):
+        assert not any(kernel == "value" for kernel, _ in right)
+        return tune.race(times, tried, right)
+
+    def times(least, tried):  # the last is within noise
+        return tuple(2.0 - 0.5 * (x.scan == best.scan) - 0.001 * (x.key != config.key) for x in (least, tried))
+
+    monkeypatch.setattr(tune, "_wrong", wrong)
+    monkeypatch.setattr(tune, "_raced", raced)
     lines = "\n".join(tune.tune(DEVICE))
     assert f"{refused}: refused by the self-test, not tuned" in lines
     assert "d q is off by 0.3" in lines
+    assert f"scan {best.scan}: 1.500 ms forward and backward, 0.750 of the best so far" in lines
     verdict = verdicts.load(DEVICE)
     assert verdict.wrong.keys() == {refused}
     assert verdict.checked
     quick = list(tune.tune(DEVICE, quick=True, jobs=2))
-    assert quick[0] == "bfloat16, heads up to 128: 2.000 ms forward and backward"
+    assert quick[-1] == f"  best {best}"
     assert verdicts.load(DEVICE) == verdict
-    best = selftest.replace(config, scan=(*config.scan[:2], 2))
     tuned = ("bfloat16, heads up to 128", "bfloat16, heads up to 256", "float32, heads up to 128")
     assert verdict.tuned == dict.fromkeys(tuned, best)
+
+
+def test_winners_that_are_wrong_together_are_not_kept(monkeypatch):
+    (_, _, config), *_ = tables.CONFIGS[2]
+    best = selftest.replace(config, scan=(*config.scan[:2], 2), key=(*config.key[:3], 1))
+    monkeypatch.setattr(tune, "_wrong", lambda work, tried: "d k is off by 0.5" if tried == best else "")
+    monkeypatch.setattr(tune, "_raced", lambda work, tried, right: (best, []))
+    monkeypatch.setattr(tune, "named_config", lambda *_: ("bfloat16, heads up to 128", config))
+    lines = list(tune.tune(DEVICE))
+    assert "  together the winners are wrong, nothing is kept: d k is off by 0.5" in lines
+    assert verdicts.load(DEVICE).tuned == {}
+
+
+def test_a_trial_that_fails_in_its_process_is_wrong():
+    (_, _, config), *_ = tables.CONFIGS[2]
+    work = tune.Work("bfloat16, heads up to 128", "bfloat17", 128)
+    assert "bfloat17" in tune._wrong(work, config)
+    assert "bfloat17" in tune._raced(work, config, [])[1][0]
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(DEVICE.type == "cpu", reason="no CUDA device")
+def test_gpu_times_two_configurations():
+    name, config = configs.named_config(torch.bfloat16, 128, 128, configs.shared_memory(DEVICE))
+    work = tune.Work(name, "bfloat16", 128)
+    assert tune._wrong(work, config) == ""
+    kernel, value = next(tune.trials(config))
+    best, (line,) = tune._raced(work, config, [(kernel, value)])
+    assert best in (config, selftest.replace(config, **{kernel: value}))
+    assert line.startswith(f"{kernel} {value}: ")
 
 
 @pytest.mark.skipif(DEVICE.type == "cuda", reason="there is a GPU")

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from gdn2.ops.kernels import verdicts
 from gdn2.ops.kernels.maths import sigmoid
+from gdn2.ops.kernels.op import op
 from gdn2.ops.kernels.run import INTERPRET, run
 
 # `convolve`: channels and tokens per program, warps; `convolve_back`: channels, streams, tokens per stream, warps.
@@ -290,7 +291,7 @@ def _few(D: int) -> int:
     return 16 if INTERPRET else min(CHANNELS, max(16, triton.next_power_of_2(D)))
 
 
-@torch.library.custom_op("gdn2::short_conv", mutates_args=())
+@op("gdn2::short_conv")
 def _short_conv(
     x: Tensor, weight: Tensor, tail: Tensor | None, cu_seqlens: Tensor | None, output_tail: bool
 ) -> tuple[Tensor, Tensor]:
@@ -324,7 +325,7 @@ def _(
     return x.new_empty(x.shape), x.new_empty((N, weight.shape[1] - 1, x.shape[2]) if output_tail else 0)
 
 
-@torch.library.custom_op("gdn2::short_conv_backward", mutates_args=())
+@op("gdn2::short_conv_backward")
 def _short_conv_backward(
     dy: Tensor, dout: Tensor, x: Tensor, weight: Tensor, tail: Tensor | None, cu_seqlens: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:

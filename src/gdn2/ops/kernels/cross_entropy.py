@@ -13,6 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from gdn2.ops.kernels import verdicts
+from gdn2.ops.kernels.op import op
 from gdn2.ops.kernels.run import run
 
 BLOCK = 4096  # words at a time
@@ -58,7 +59,7 @@ def score_row_back(
         tl.store(dx_ptr + row * V + cols, dx.to(dx_ptr.dtype.element_ty), mask=cols < V)
 
 
-@torch.library.custom_op("gdn2::cross_entropy", mutates_args=())
+@op("gdn2::cross_entropy")
 def _cross_entropy(logits: Tensor, targets: Tensor, ignored: int) -> tuple[Tensor, Tensor]:
     rows, V = logits.shape
     logits, targets = logits.contiguous(), targets.contiguous()
@@ -78,7 +79,7 @@ def _(logits: Tensor, targets: Tensor, ignored: int) -> tuple[Tensor, Tensor]:
     return loss, torch.empty_like(loss)
 
 
-@torch.library.custom_op("gdn2::cross_entropy_backward", mutates_args=())
+@op("gdn2::cross_entropy_backward")
 def _cross_entropy_backward(dloss: Tensor, logits: Tensor, targets: Tensor, log_sum: Tensor, ignored: int) -> Tensor:
     rows, V = logits.shape
     dloss, logits, targets = dloss.contiguous(), logits.contiguous(), targets.contiguous()

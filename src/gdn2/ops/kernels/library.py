@@ -1,20 +1,14 @@
-"""The Triton kernels as `torch.library` ops with fakes and autograd, as `gdn2.ops.library` does for the chunk form.
+"""The Triton kernels as ops with fakes and autograd (`op.py`), as `gdn2.ops.library` does for the chunk form."""
 
-`rule` calls them. On plain tensors outside a compiler it does so without the library in between, whose bookkeeping
-takes the host longer than the kernels take at 16,384 tokens.
-"""
-
-from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
-from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from gdn2.ops.fused import is_planning
 from gdn2.ops.kernels import launch
 from gdn2.ops.kernels.configs import shared_memory
+from gdn2.ops.kernels.op import op
 from gdn2.ops.kernels.run import INTERPRET
 from gdn2.ops.kernels.tables import LEAST_SHARED, MAX_HEAD
 
@@ -41,7 +35,8 @@ def _activation(
     return launch.Activation(rate, delta, largest_erase, largest_write) if projected else None
 
 
-def _forward(
+@op("gdn2::triton")
+def forward(
     q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None, erase: Tensor | None, write: Tensor | None,
     initial_state: Tensor | None, rate: Tensor | None, delta: Tensor | None, cu_seqlens: Tensor | None, scale: float,
     largest_erase: float, largest_write: float, projected: bool, save: bool, final: bool,
@@ -64,9 +59,6 @@ def _forward(
     return o, v.new_empty(0, dtype=torch.float32) if after is None else after, list(kept)
 
 
-forward = torch.library.custom_op("gdn2::triton", _forward, mutates_args=())
-
-
 @forward.register_fake
 def _(
     q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None, erase: Tensor | None, write: Tensor | None,
@@ -85,7 +77,8 @@ def _state_shape(k: Tensor, v: Tensor, cu_seqlens: Tensor | None) -> list[int]:
     return [N, v.shape[2], k.shape[3], v.shape[3]]
 
 
-def _backward(
+@op("gdn2::triton_backward")
+def backward(
     do: Tensor, d_final: Tensor | None, q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None, erase: Tensor | None,
     write: Tensor | None, initial_state: Tensor | None, rate: Tensor | None, delta: Tensor | None,
     cu_seqlens: Tensor | None, scale: float, largest_erase: float, largest_write: float, o: Tensor | None,
@@ -98,9 +91,6 @@ def _backward(
     )
     wanted = (*gradients, None, None)[:9]
     return [q.new_empty(0) if x is None else x for x in wanted]
-
-
-backward = torch.library.custom_op("gdn2::triton_backward", _backward, mutates_args=())
 
 
 @backward.register_fake
@@ -120,47 +110,21 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, list
     ctx.save_for_backward(*tensors, output[0] if projected else None, *output[2])
 
 
-def _gradients(
-    call: Callable[..., list[Tensor]], ctx: Any, do: Tensor | None, d_final: Tensor | None
-) -> tuple[Tensor | None, ...]:
+def _gradients(ctx: Any, do: Tensor | None, d_final: Tensor | None, _: Any) -> tuple[Tensor | None, ...]:
     saved = ctx.saved_tensors  # asked for once: activation checkpointing allows no more
     *tensors, cu_seqlens, o = saved[:11]
     do = torch.zeros_like(tensors[2]) if do is None else do
-    grads = call(
+    grads = backward(
         do, d_final, *tensors, cu_seqlens, ctx.scale, ctx.largest_erase, ctx.largest_write, o,
         list(saved[11:]),
     )  # fmt: skip
     return *(g if t is not None else None for g, t in zip(grads, tensors)), *[None] * 7
 
 
-forward.register_autograd(
-    lambda ctx, do, d_final, _: _gradients(backward, ctx, do, d_final),
-    setup_context=_setup,
-)
-
-
-class _Rule(torch.autograd.Function):
-    """`forward` without the library in between; gradients of gradients are refused."""
-
-    @staticmethod
-    def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, Tensor]:
-        o, state, kept = _forward(*inputs)
-        if kept:
-            _setup(ctx, inputs, (o, state, kept))
-        return o, state
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, do: Tensor | None, d_final: Tensor | None) -> tuple[Tensor | None, ...]:
-        return _gradients(_backward, ctx, do, d_final)
+forward.register_autograd(_gradients, setup_context=_setup)
 
 
 def rule(*inputs: Any) -> tuple[Tensor, Tensor]:
     """o and the final state; arguments as for `forward`."""
-    plain = all(type(x) in (Tensor, torch.nn.Parameter) for x in inputs[:10] if x is not None)
-    busy = torch.compiler.is_compiling() or is_in_torch_dispatch_mode() or torch._C._are_functorch_transforms_active()
-    if plain and not busy:
-        o, state = _Rule.apply(*inputs)
-    else:
-        o, state, _ = forward(*inputs)
+    o, state, _ = forward(*inputs)
     return o, state

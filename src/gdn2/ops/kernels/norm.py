@@ -20,6 +20,7 @@ from torch import Tensor
 
 from gdn2.ops.kernels import verdicts
 from gdn2.ops.kernels.maths import sigmoid
+from gdn2.ops.kernels.op import op
 from gdn2.ops.kernels.run import INTERPRET, run
 
 ELEMENTS = 2048  # per tile
@@ -139,7 +140,7 @@ def _back(
     return dx, dadded, x.new_empty(0) if weight is None else dweight.sum(0).to(weight.dtype), dgate
 
 
-@torch.library.custom_op("gdn2::norm", mutates_args=())
+@op("gdn2::norm")
 def _norm(
     x: Tensor, weight: Tensor | None, gate: Tensor | None, eps: float, share: float, dtype: torch.dtype
 ) -> Tensor:
@@ -151,7 +152,7 @@ def _(x: Tensor, weight: Tensor | None, gate: Tensor | None, eps: float, share: 
     return x.new_empty(x.shape, dtype=dtype)
 
 
-@torch.library.custom_op("gdn2::norm_backward", mutates_args=())
+@op("gdn2::norm_backward")
 def _norm_backward(
     dy: Tensor, x: Tensor, weight: Tensor | None, gate: Tensor | None, eps: float, share: float
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -182,7 +183,7 @@ def _backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
 _norm.register_autograd(_backward, setup_context=_setup)
 
 
-@torch.library.custom_op("gdn2::add_norm", mutates_args=())
+@op("gdn2::add_norm")
 def _add_norm(x: Tensor, added: Tensor, weight: Tensor, eps: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     y, total = _forward(x, added, weight, None, eps, 1 / x.shape[-1], dtype)
     assert total is not None
@@ -195,7 +196,7 @@ def _(x: Tensor, added: Tensor, weight: Tensor, eps: float, dtype: torch.dtype) 
     return total, x.new_empty(x.shape, dtype=dtype)
 
 
-@torch.library.custom_op("gdn2::add_norm_backward", mutates_args=())
+@op("gdn2::add_norm_backward")
 def _add_norm_backward(
     dtotal: Tensor, dy: Tensor, total: Tensor, weight: Tensor, eps: float, added: torch.dtype
 ) -> tuple[Tensor, Tensor, Tensor]:

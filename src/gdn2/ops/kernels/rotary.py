@@ -15,6 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from gdn2.ops.kernels import verdicts
+from gdn2.ops.kernels.op import op
 from gdn2.ops.kernels.run import INTERPRET, run
 
 TOKENS = 4 if INTERPRET else 16  # of a program, all heads one after the other
@@ -40,7 +41,7 @@ def turn(
         tl.store(y_ptr + at + HALF, (b * cos + a * sin).to(y_ptr.dtype.element_ty), mask=mask)
 
 
-@torch.library.custom_op("gdn2::rotate", mutates_args=())
+@op("gdn2::rotate")
 def _rotate(x: Tensor, angles: Tensor, back: bool) -> Tensor:
     B, T, heads, D = x.shape
     x, angles = x.contiguous(), angles.contiguous()

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from gdn2.ops.kernels import verdicts
 from gdn2.ops.kernels.maths import sigmoid
+from gdn2.ops.kernels.op import op
 from gdn2.ops.kernels.run import run
 
 BLOCK = 2048  # numbers of a program
@@ -43,7 +44,7 @@ def multiply_back(dy_ptr, gate_ptr, up_ptr, dgate_ptr, dup_ptr, n, BLOCK: tl.con
     tl.store(dup_ptr + at, (dy * gate * s).to(dup_ptr.dtype.element_ty), mask=inside)
 
 
-@torch.library.custom_op("gdn2::swiglu", mutates_args=())
+@op("gdn2::swiglu")
 def _swiglu(gate: Tensor, up: Tensor) -> Tensor:
     gate, up = gate.contiguous(), up.contiguous()
     verdicts.demand(verdicts.AROUND, gate.device)
@@ -57,7 +58,7 @@ def _(gate: Tensor, up: Tensor) -> Tensor:
     return gate.new_empty(gate.shape)
 
 
-@torch.library.custom_op("gdn2::swiglu_backward", mutates_args=())
+@op("gdn2::swiglu_backward")
 def _swiglu_backward(dy: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
     dy, gate, up = dy.contiguous(), gate.contiguous(), up.contiguous()
     dgate, dup, n = torch.empty_like(gate), torch.empty_like(up), gate.numel()

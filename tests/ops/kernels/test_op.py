@@ -1,0 +1,90 @@
+"""An op runs its function itself on plain tensors, with the results and gradients that the library's path has."""
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from gdn2.ops.kernels import conv, cross_entropy, library, norm, op, rotary, swiglu
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def normal(*shape):
+    return torch.randn(*shape, device=DEVICE)
+
+
+def calls():
+    torch.manual_seed(0)
+    x, weight, gate = normal(2, 5, 16), normal(16), normal(2, 5, 16)
+    q, k, v, w = (normal(1, 20, 2, 16) for _ in range(4))
+    rule = q, k, v, -w.abs(), w.sigmoid(), w.sigmoid(), normal(1, 2, 16, 16), None, None, None, 0.3, 1.0, 1.0, False
+    targets = torch.tensor([0, 4, -1], device=DEVICE)
+    return {
+        "swiglu": (swiglu._swiglu, (x, gate)),
+        "norm": (norm._norm, (x, weight, gate, 1e-5, 1 / 16, torch.float32)),
+        "sum and norm": (norm._add_norm, (x, gate, weight, 1e-5, torch.float32)),
+        "convolution": (conv._short_conv, (x, normal(16, 4), normal(2, 3, 16), None, True)),
+        "rotation": (rotary._rotate, (normal(1, 3, 2, 4), torch.rand(1, 3, 2, device=DEVICE), False)),
+        "loss": (cross_entropy._cross_entropy, (normal(3, 5), targets, -1)),
+        "rule": (library.forward, (*rule, True, True)),
+    }
+
+
+def tensors(outputs):
+    return [y for y in (outputs if isinstance(outputs, tuple) else (outputs,)) if isinstance(y, torch.Tensor)]
+
+
+def results(call, inputs):
+    leaves = [x.clone().requires_grad_(x.is_floating_point()) if isinstance(x, torch.Tensor) else x for x in inputs]
+    outputs = tensors(call(*leaves))
+    wanted = [x for x in leaves if isinstance(x, torch.Tensor) and x.requires_grad]
+    grown = [y for y in outputs if y.requires_grad]
+    return [*outputs, *torch.autograd.grad(grown, wanted, [y.cos() for y in grown], allow_unused=True)]
+
+
+@pytest.mark.parametrize("name", calls())
+def test_both_paths_give_the_same_bits(name, monkeypatch):
+    call, inputs = calls()[name]
+    expected = results(call.library, inputs)
+
+    def refuse(*_):
+        raise AssertionError("the library was asked")
+
+    back = swiglu._swiglu_backward, norm._norm_backward, norm._add_norm_backward, conv._short_conv_backward
+    for other in (call, *back, cross_entropy._cross_entropy_backward, library.backward):
+        monkeypatch.setattr(other, "library", refuse)
+    found = results(call, inputs)
+    assert len(found) == len(expected)
+    for a, b in zip(found, expected):
+        assert (a is None and b is None) or torch.equal(a, b)
+    with torch.no_grad():
+        for a, b in zip(tensors(call(*inputs)), expected):
+            assert torch.equal(a, b)
+
+
+def test_modes_see_the_op():
+    class Mode(TorchDispatchMode):
+        seen = ()
+
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            self.seen += (str(function),)
+            return function(*args, **kwargs or {})
+
+    with Mode() as mode:
+        swiglu.swiglu(normal(4), normal(4))
+    assert "gdn2.swiglu.default" in mode.seen
+
+
+def test_gradients_of_gradients_are_refused():
+    x = normal(4).requires_grad_()
+    (dx,) = torch.autograd.grad(swiglu.swiglu(x, normal(4)).sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="autograd"):
+        dx.sum().backward()
+
+
+def test_a_subclass_of_tensor_takes_the_library():
+    class Own(torch.Tensor):
+        pass
+
+    assert op._plain((normal(2), torch.nn.Parameter(normal(2)), None, 3))
+    assert not op._plain((normal(2), normal(2).as_subclass(Own)))
