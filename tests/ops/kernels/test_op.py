@@ -1,10 +1,13 @@
 """An op runs its function itself on plain tensors, with the results and gradients that the library's path has."""
 
+import subprocess
+import sys
+
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from gdn2.ops.kernels import conv, cross_entropy, library, norm, op, rotary, swiglu
+from gdn2.ops.kernels import configs, conv, cross_entropy, library, norm, op, rotary, swiglu
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
@@ -88,3 +91,26 @@ def test_a_subclass_of_tensor_takes_the_library():
 
     assert op._plain((normal(2), torch.nn.Parameter(normal(2)), None, 3))
     assert not op._plain((normal(2), normal(2).as_subclass(Own)))
+
+
+FIRST_CALL = """
+import sys, torch
+from gdn2.layers import GatedDeltaNet2
+from gdn2.ops import fused
+fused.DEVICES = ("cpu", "cuda")
+layer, x = (y.to(WHERE) for y in (GatedDeltaNet2(32, 2, key_dim=16, value_dim=16), torch.randn(1, 20, 32)))
+layer(x)[0].sum().backward()
+assert "gdn2.ops.kernels.conv" in sys.modules
+assert "torch._dynamo" not in sys.modules
+"""
+
+
+def test_a_first_call_does_not_load_the_compiler():
+    script = FIRST_CALL.replace("WHERE", repr(DEVICE))
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def test_constant_is_what_torch_means():
+    ours, theirs = configs.constant(lambda device: 0), torch.compiler.assume_constant_result(lambda device: 0)
+    assert vars(ours) == vars(theirs) != {}

@@ -1,10 +1,10 @@
 """What the kernels run with: the configuration for this GPU, and the sizes that they are compiled for. No search."""
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import lru_cache
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import torch
 import triton
@@ -19,10 +19,21 @@ SEGMENTED = 16  # programs of a scan up to which long sequences are cut into seg
 BUSY = 128  # programs of a scan over segments: one fills a multiprocessor's shared memory
 SHORT = 16  # chunks that a segment has at least
 
+Answer = TypeVar("Answer")
+
 _log = logging.getLogger("gdn2")
 _shared_memory: dict[torch.device, int] = {}
 _forced: dict[str, Config] = {}
 _forced_segment: int | None = None
+
+
+def constant(function: Callable[[torch.device], Answer]) -> Callable[[torch.device], Answer]:
+    """For torch.compile the result depends on the arguments alone.
+
+    What `torch.compiler.assume_constant_result` does, without loading the compiler: seconds of a process's first call.
+    """
+    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return function
 
 
 @contextmanager
@@ -43,7 +54,7 @@ def using(configs: dict[str, Config], segment: int | None = None) -> Iterator[No
         plan.cache_clear()
 
 
-@torch.compiler.assume_constant_result
+@constant
 def shared_memory(device: torch.device) -> int:
     """Bytes of shared memory that a program on this device may have; an H100's where there is no GPU."""
     if device.type != "cuda":
@@ -61,7 +72,7 @@ def descriptors(device: torch.device) -> bool:
     return INTERPRET or (device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0))
 
 
-@torch.compiler.assume_constant_result
+@constant
 def has_flash_attention(device: torch.device) -> bool:
     """Whether torch's own FlashAttention runs on a GPU: in this build, and from compute capability 8.0."""
     return torch.backends.cuda.is_flash_attention_available() and torch.cuda.get_device_capability(device) >= (8, 0)
