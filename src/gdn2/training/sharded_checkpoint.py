@@ -61,9 +61,9 @@ class ShardedCheckpoints:
             pending.result()
 
     def _write(self, step: int, weights: Tensors, optimizer: Tensors, trainer: dict[str, Any]) -> None:
-        temporary = self._run_dir / "checkpoints" / f".step_{step:08d}"
+        temporary = checkpoint.hidden(self._run_dir, step)
         # What a killed run left is gone before anyone writes.
-        self._first_rank_does(temporary, lambda: checkpoint.begin(self._run_dir, step))
+        self._first_rank_does(temporary, lambda: checkpoint.begin(temporary))
         error, sha256 = None, {}
         try:
             for name, tensors in (("model", weights), ("optimizer", optimizer)):

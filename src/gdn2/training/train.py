@@ -14,6 +14,7 @@ import torch
 import gdn2
 from gdn2.config import ConfigError, RunConfig, read_config, require, to_dict, write_config
 from gdn2.data import Shards, TokenBatches, TokenFile, Tokenizer, load_tokenizer
+from gdn2.data.disk import writing
 from gdn2.data.lock import NAME as LOCK
 from gdn2.data.lock import FolderLock
 from gdn2.generate import generate
@@ -96,7 +97,8 @@ def train(
 
     ConfigError and ValueError for a configuration, data or folder that cannot be used, or in which another process is
     training, before anything is written;
-    CheckpointError for a damaged or unwritable checkpoint; TrainingError when `train.max_bad_steps` steps in a row
+    CheckpointError for a damaged or unwritable checkpoint; OSError, with a note of the newest checkpoint, for another
+    file that cannot be written; TrainingError when `train.max_bad_steps` steps in a row
     had a loss or gradient that is not finite (such steps are skipped and counted, the weights stay as they were), or
     when what would be saved is not finite, or when another process of the run is gone.
     """
@@ -110,6 +112,9 @@ def train(
             return run(config, run_dir, resume, stream, signals, ranks, None if lock is None else lock.left_by)
     except RankLostError as error:
         raise TrainingError(f"{error}; {newest(run_dir)}; go on with: gdn2 train --run {run_dir} --resume") from error
+    except OSError as error:
+        error.add_note(newest(run_dir))
+        raise
 
 
 def run(
@@ -163,8 +168,8 @@ def run(
     if ranks.main:
         if start is not None:
             metrics.cut_after(counters.step)
-        run_dir.mkdir(parents=True, exist_ok=True)
-        write_config(run_dir, config)
+        with writing(run_dir / "config.yaml", run_dir / ".config.yaml"):
+            write_config(run_dir, config)
     recompute(model, config.train.recompute)
     if config.train.compile:
         for block in model.blocks:
