@@ -22,6 +22,7 @@ from gdn2.info import describe
 from gdn2.model import LanguageModel
 from gdn2.training import checkpoint
 from gdn2.training.checkpoint import CheckpointError
+from gdn2.training.compiling import compile_blocks
 from gdn2.training.distributed import RankLostError, Ranks
 from gdn2.training.logs import Log, check_logs, open_logs
 from gdn2.training.metrics import Display, MetricsFile, Row, inspect, language_scores, validate
@@ -172,8 +173,7 @@ def run(
             write_config(run_dir, config)
     recompute(model, config.train.recompute)
     if config.train.compile:
-        for block in model.blocks:
-            block.compile()
+        compile_blocks(model)
     model.train()
 
     saved_step, last_val = counters.step if start else None, None
