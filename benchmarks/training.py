@@ -33,6 +33,7 @@ from gdn2.data import Batch
 from gdn2.info import describe
 from gdn2.model import LanguageModel
 from gdn2.presets import preset
+from gdn2.training.compiling import compile_blocks
 from gdn2.training.distributed import Ranks
 from gdn2.training.optim import build_optimizer
 from gdn2.training.parallel import check_parallel, parallelize
@@ -114,8 +115,7 @@ def measure(args):
         optimizer = build_optimizer(model, config.optim)
         recompute(model, config.train.recompute)
         if config.train.compile:
-            for block in model.blocks:
-                block.compile()
+            compile_blocks(model)
         tokens, losses, times = RandomTokens(config, ranks), [], []
 
         def step():

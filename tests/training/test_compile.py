@@ -1,6 +1,9 @@
 """`train.compile`: blocks without graph breaks, each kind compiled once, and never again from step to step."""
 
-from collections.abc import Iterator
+import importlib
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -9,8 +12,13 @@ from small import MODELS, SMALL
 from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.fx import GraphModule
+from trained import quiet
 
 from gdn2 import LanguageModel, ModelConfig
+from gdn2.config import RunConfig
+from gdn2.training.compiling import compile_blocks
+
+train_module = importlib.import_module("gdn2.training.train")  # the package's name for it is the function
 
 # torch.compile's own look at tensors
 pytestmark = pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
@@ -30,8 +38,7 @@ def compiled(name: str, **changes: Any) -> tuple[LanguageModel, LanguageModel, C
     for _ in range(2):
         torch.manual_seed(0)
         models.append(LanguageModel(ModelConfig(**SMALL | MODELS[name] | {"num_layers": 4} | changes)))
-    for block in models[1].blocks:
-        block.compile(backend=counter, fullgraph=True)
+    compile_blocks(models[1], backend=counter, fullgraph=True)
     return models[0], models[1], counter
 
 
@@ -68,17 +75,40 @@ def test_each_kind_of_block_is_compiled_once_for_all_steps(name: str) -> None:
         assert counter.frame_count == len(set(plain.config.layer_kinds))
 
 
-@pytest.mark.parametrize("name", ["window", "mamba3"])
+# A dozen numbers of documents in 24 tokens, one alone and one for each token among them.
+DOCUMENTS = [(10, 14), (23, 1), (24,), (10, 4, 10), (6,) * 4, (1,) * 24, (20, 4), (5, 4, 5, 4, 6), (4,) * 6,
+             (12, 1, 1, 1, 2, 3, 4), (3,) * 8, (2,) * 12, (8, *(1,) * 16), (14, *(1,) * 10)]  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ["gdn2", "window", "mamba2", "mamba3"])
 def test_other_packed_documents_compile_nothing_anew(name: str) -> None:
-    """Offsets of other values never do; another number of documents once, when torch learns that it varies."""
+    """Neither offsets of other values nor another number of them, in steps and in evaluation."""
     plain, fast, counter = compiled(name)
     kinds = len(set(plain.config.layer_kinds))
-    for seed, lengths in enumerate([(10, 14), (23, 1)]):
+    assert len({len(lengths) for lengths in DOCUMENTS}) >= 12
+    for seed, lengths in enumerate(DOCUMENTS):
         compare(plain, fast, seed, packed(*lengths))
         assert counter.frame_count == kinds
-    for seed, lengths in enumerate([(10, 4, 10), (6, 6, 6, 6), (1,) * 24, (20, 4)]):
-        compare(plain, fast, seed, packed(*lengths))
+    tokens = torch.randint(257, (1, 24))
+    for lengths in DOCUMENTS:
+        with torch.no_grad():
+            found, expected = (model.loss(tokens, tokens, packed(*lengths)) for model in (fast, plain))
+        torch.testing.assert_close(found, expected, rtol=1e-5, atol=0)
         assert counter.frame_count == 2 * kinds
+
+
+def test_run_with_packed_documents_stays_below_torchs_limit(
+    make_config: Callable[..., RunConfig], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Past it blocks run uncompiled. Each kind of block: steps, validation, its smaller last batch."""
+    counter = CompileCounterWithBackend("aot_eager")
+    monkeypatch.setattr(train_module, "compile_blocks", partial(compile_blocks, backend=counter))
+    settings = ["train.compile=true", "data.packed=true", "data.seq_len=64", "train.micro_batch=2"]
+    torch._dynamo.utils.counters.clear()
+    config = make_config(*settings, "train.eval_tokens=1216", "train.eval_every=5")  # 19 windows
+    quiet(config, tmp_path / "run")
+    assert counter.frame_count == 6 <= torch._dynamo.config.recompile_limit
+    assert not torch._dynamo.utils.counters["graph_break"]
 
 
 def test_evaluation_between_steps_compiles_once_more() -> None:

@@ -46,7 +46,7 @@ def test_kills_at_random_moments_lose_nothing_that_was_saved(
     make_config: MakeConfig, tmp_path: Path, rows_of: RowsOf
 ) -> None:
     """Checkpoints every step, so that most kills fall within one; then the run is finished and equals a whole one."""
-    config = make_config("train.checkpoint_every=1", "train.eval_every=0", "train.tokens=5120")
+    config = make_config("train.checkpoint_every=1", "train.eval_every=0", "train.tokens=20480")
     rng, run, killed = random.Random(0), tmp_path / "run", 0
     for _ in range(8):
         pid = fork_training(config, run, bool(checkpoint.checkpoints(run)))

@@ -1,13 +1,17 @@
 """`gdn2 train`."""
 
+from collections.abc import Sequence
 from math import inf
 from pathlib import Path
 from textwrap import fill
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from gdn2.cli.common import leave
+
+if TYPE_CHECKING:
+    from gdn2.config import RunConfig
 
 
 def show_keys(wanted: bool) -> None:
@@ -65,12 +69,37 @@ def train(
 
     torchrun takes --run for an option of its own: with it, say --run-dir.
     """
+    from gdn2.config import ConfigError
+    from gdn2.training import TrainingError, train
+    from gdn2.training.plan import show
+    from gdn2.training.stopping import StopSignals
+    from gdn2.training.train import check_unused
+
+    if rate is not None and not (dry_run and 0 < rate < inf):
+        raise ConfigError(f"--rate is {rate}; expected tokens per second above 0, together with --dry-run")
+    if dry_run:
+        config = read(run, settings or (), preset, resume)
+        if not resume:
+            check_unused(run)
+        typer.echo(show(config, run, rate, devices))
+        return
+    with StopSignals() as stop:
+        config = read(run, settings or (), preset, resume)
+        try:
+            outcome = train(config, run, resume, stop=stop)
+        except TrainingError as error:
+            leave(error, 1)
+    if outcome.interrupted == "SIGINT":
+        raise typer.Exit(130)
+
+
+def read(run: Path, settings: Sequence[str], preset: str | None, resume: bool) -> "RunConfig":
+    """The configuration that the command's arguments mean. ConfigError where they mean none."""
     from gdn2.config import ConfigError, load_run
     from gdn2.presets import preset as named
-    from gdn2.training import TrainingError, train
 
-    files = [text for text in settings or () if "=" not in text or Path(text).is_file()]
-    overrides = [text for text in settings or () if text not in files]
+    files = [text for text in settings if "=" not in text or Path(text).is_file()]
+    overrides = [text for text in settings if text not in files]
     if len(files) > 1:
         raise ConfigError(f"configurations {', '.join(files)}; expected one file, and overrides as key=value")
     if resume and (files or preset is not None):
@@ -79,21 +108,4 @@ def train(
         raise ConfigError("no model was chosen; expected a configuration file, --preset, or --resume")
     if preset is not None:
         overrides.insert(0, f"preset={preset}")
-    path = run / "config.yaml" if resume else files[0] if files else None
-    config = load_run(path, overrides, named)
-    if rate is not None and not (dry_run and 0 < rate < inf):
-        raise ConfigError(f"--rate is {rate}; expected tokens per second above 0, together with --dry-run")
-    if dry_run:
-        from gdn2.training.plan import show
-        from gdn2.training.train import check_unused
-
-        if not resume:
-            check_unused(run)
-        typer.echo(show(config, run, rate, devices))
-        return
-    try:
-        outcome = train(config, run, resume)
-    except TrainingError as error:
-        leave(error, 1)
-    if outcome.interrupted == "SIGINT":
-        raise typer.Exit(130)
+    return load_run(run / "config.yaml" if resume else files[0] if files else None, overrides, named)

@@ -11,6 +11,8 @@ import time
 from pathlib import Path
 from types import TracebackType
 
+from gdn2.data.disk import writing
+
 NAME = "lock"
 
 
@@ -18,7 +20,8 @@ class FolderLock:
     """Holds FOLDER/lock within its context; makes the folder where there is none, and removes it when still empty.
 
     `left_by` tells, within the context, of the process that held it and died, None when there was none.
-    ValueError on entering while another process holds it; it names that process.
+    ValueError on entering while another process holds it; it names that process. OSError where it cannot be written,
+    as on a full disk; then nothing of it is left.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -33,8 +36,9 @@ class FolderLock:
             raise ValueError(f"{str(self._folder)!r} is not empty; it is a file, and a folder was expected")
         path = self._folder / NAME
         while self._file is None:
-            self._folder.mkdir(parents=True, exist_ok=True)
-            file = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+            with writing(path):
+                self._folder.mkdir(parents=True, exist_ok=True)
+                file = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
@@ -54,13 +58,21 @@ class FolderLock:
         left = os.pread(self._file, 4096, 0)
         self.left_by = _describe(left) if left else None
         note = {"host": socket.gethostname(), "pid": os.getpid(), "since": time.strftime("%Y-%m-%d %H:%M:%S")}
-        os.ftruncate(self._file, 0)
-        os.pwrite(self._file, json.dumps(note).encode(), 0)
+        try:
+            with writing(path):
+                os.ftruncate(self._file, 0)
+                os.pwrite(self._file, json.dumps(note).encode(), 0)
+        except OSError:
+            self._leave()
+            raise
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        self._leave()
+
+    def _leave(self) -> None:
         assert self._file is not None
         (self._folder / NAME).unlink(missing_ok=True)
         os.close(self._file)

@@ -62,10 +62,15 @@ class ChunkLayout:
             return self.cut(x[..., :1], begin, end).expand(-1, -1, -1, *rest)
         rows = self._rows[begin:end]
         out = x.reshape(-1, *rest).index_select(0, rows.reshape(-1))
-        first, last = torch.searchsorted(self._pad, torch.tensor([begin, end]) * self.H * self.C).tolist()
-        if first < last:
-            out.index_fill_(0, (self._pad[first:last] - begin * self.H * self.C).to(x.device), 0)
+        beyond = self._beyond(begin, end)
+        if len(beyond):
+            out.index_fill_(0, beyond.to(x.device), 0)
         return out.view(*rows.shape, *rest)
+
+    def _beyond(self, begin: int, end: int) -> Tensor:
+        """Which rows of chunks begin to end lie behind their sequence."""
+        first, last = torch.searchsorted(self._pad, torch.tensor([begin, end]) * self.H * self.C).tolist()
+        return self._pad[first:last] - begin * self.H * self.C
 
     def join(self, x: Tensor, shape: torch.Size, dtype: torch.dtype) -> Tensor:
         """All chunks [M * H, C, ...] as `shape` [B, T, H, ...]: the inverse of `cut`."""

@@ -26,7 +26,7 @@ def chunk_size(T: int) -> int:
     return min(CHUNK, 1 << max(T - 1, 0).bit_length())
 
 
-def _residual_shapes(k: Tensor, v: Tensor, erase: Tensor | None, cu_seqlens: Tensor | None) -> list[list[int]]:
+def residual_shapes(k: Tensor, v: Tensor, erase: Tensor | None, cu_seqlens: Tensor | None) -> list[list[int]]:
     """Shapes of `chunk_torch.Saved`, known without reading cu_seqlens: each sequence adds at most one short chunk."""
     B, T, H, K = k.shape
     C = chunk_size(T)
@@ -71,7 +71,7 @@ def chunk(
         return o.to(v.dtype), state.contiguous(), nothing, nothing.clone(), nothing.clone()
     x = chunk_torch.Inputs(q, k, v, log_decay, erase, write, scale)
     layout = ChunkLayout(k.shape, cu_seqlens, chunk_size(k.shape[1]), k.device)
-    shapes = _residual_shapes(k, v, erase, cu_seqlens) if save else [[0]] * 3
+    shapes = residual_shapes(k, v, erase, cu_seqlens) if save else [[0]] * 3
     saved = chunk_torch.Saved(*(_new(v, shape) for shape in shapes))
     o, state = chunk_torch.forward(x, initial_state, layout, saved if save else None)
     for residual in (saved.S, saved.A, saved.A_qk):
@@ -84,7 +84,7 @@ def _(
     q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None, erase: Tensor | None, write: Tensor | None,
     initial_state: Tensor | None, cu_seqlens: Tensor | None, scale: float, save: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    shapes = _residual_shapes(k, v, erase, cu_seqlens) if save else [[0]] * 3
+    shapes = residual_shapes(k, v, erase, cu_seqlens) if save else [[0]] * 3
     S, A, A_qk = (_new(v, shape) for shape in shapes)
     return v.new_empty(v.shape), _new(v, _state_shape(k, v, cu_seqlens)), S, A, A_qk
 

@@ -54,8 +54,9 @@ def save(
 
     CheckpointError when it cannot be written; then no part of it is left and older checkpoints are untouched.
     """
-    temporary = begin(run_dir, step)
+    temporary = hidden(run_dir, step)
     try:
+        begin(temporary)
         temporary.mkdir()
         save_file(parameters(model), temporary / "model.safetensors")
         save_file(optimizer_tensors(model, optimizer), temporary / "optimizer.safetensors")
@@ -66,13 +67,16 @@ def save(
     return folder
 
 
-def begin(run_dir: Path, step: int) -> Path:
-    """The hidden folder, not made yet, in which to write the checkpoint of a step. Removes what a killed run left."""
-    folder = run_dir / "checkpoints" / f".step_{step:08d}"
-    folder.parent.mkdir(exist_ok=True)
-    for left_over in folder.parent.glob(".step_*"):  # of a process killed while it wrote or deleted
+def hidden(run_dir: Path, step: int) -> Path:
+    """The folder in which to write the checkpoint of a step."""
+    return run_dir / "checkpoints" / f".step_{step:08d}"
+
+
+def begin(temporary: Path) -> None:
+    """Make room for a hidden folder, which is not made yet; removes what a killed run left."""
+    temporary.parent.mkdir(exist_ok=True)
+    for left_over in temporary.parent.glob(".step_*"):  # of a process killed while it wrote or deleted
         shutil.rmtree(left_over)
-    return folder
 
 
 def finish(

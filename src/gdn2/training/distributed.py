@@ -11,7 +11,9 @@ import signal
 from collections.abc import Sequence
 from dataclasses import replace
 from datetime import timedelta
-from math import prod
+from math import inf, prod
+from threading import Thread
+from time import monotonic
 from types import TracebackType
 from typing import TYPE_CHECKING
 
@@ -21,11 +23,13 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from gdn2.config import RunConfig, require
 from gdn2.data import Batch
+from gdn2.training.stopping import StopSignals
 
 if TYPE_CHECKING:
     from gdn2.training.context import Context
 
 AXES = ("replicas", "shards", "context", "tensor")
+PATIENCE = 10.0  # seconds that a rank with a signal waits for others to come, which often have one too
 LOST = ("connection closed by peer", "connection reset by peer", "broken pipe", "timed out", "gloo/transport")
 
 
@@ -91,8 +95,8 @@ class Ranks:
         require(not name.startswith("cuda:"), "train.device", name, f"cuda with {self.size} processes, one GPU each")
         return replace(config, train=replace(config.train, device=f"cuda:{self.local_rank}"))
 
-    def start(self, device: torch.device) -> None:
-        """Meet the other processes. RankLostError when one does not come within the timeout."""
+    def start(self, device: torch.device, stop: StopSignals | None = None) -> None:
+        """Meet the other processes. RankLostError when one does not come within the timeout, or soon after a signal."""
         if self.size == 1:
             return
         if device.type == "cuda":
@@ -100,7 +104,7 @@ class Ranks:
         # What ranks tell each other about the run goes through the CPU, so that it never waits in a stream.
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
         if not dist.is_initialized():
-            dist.init_process_group(backend, timeout=timedelta(seconds=self.timeout))
+            self._meet(backend, device, stop)
         # FSDP counts ranks of a context as shards: they hold the same weights and other tokens.
         fsdp = self.shards * self.context
 
@@ -110,6 +114,33 @@ class Ranks:
         self.mesh = mesh(replicas=self.replicas, fsdp=fsdp, tensor=self.tensor)
         self.token_group = mesh(tokens=self.replicas * fsdp, tensor=self.tensor).get_group("tokens")
         self.context_group = mesh(data=self.data_size, context=self.context, tensor=self.tensor).get_group("context")
+
+    def _meet(self, backend: str, device: torch.device, stop: StopSignals | None) -> None:
+        """`init_process_group` in a thread: where it waits for the others, no signal would be heard."""
+        failures: list[BaseException] = []
+
+        def meet() -> None:
+            try:
+                if device.type == "cuda":
+                    torch.cuda.set_device(device)
+                dist.init_process_group(backend, timeout=timedelta(seconds=self.timeout))
+            except BaseException as error:
+                failures.append(error)
+
+        thread = Thread(target=meet, daemon=True)
+        thread.start()
+        deadline = inf
+        while thread.is_alive() and monotonic() < deadline:
+            thread.join(0.1)
+            if stop is not None and stop.received is not None:
+                deadline = min(deadline, monotonic() + PATIENCE)
+        if thread.is_alive():
+            raise RankLostError(
+                f"rank {self.rank} of {self.size}: stopped by a signal while it waited for other ranks, which did not "
+                f"come within {PATIENCE:g} s to hear of it"
+            )
+        if failures:
+            raise failures[0]
 
     def __enter__(self) -> "Ranks":
         return self

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from gdn2.config import RunConfig, require, to_dict
+from gdn2.data.disk import writing
 
 Row = dict[str, Any]
 
@@ -87,7 +88,8 @@ class WeightsAndBiases:
 
         note = run_dir / "wandb_id"
         if not note.is_file():
-            note.write_text(secrets.token_hex(4) + "\n", encoding="utf-8")
+            with writing(note, note):
+                note.write_text(secrets.token_hex(4) + "\n", encoding="utf-8")
         self._run = wandb.init(
             project=config.train.wandb_project,
             name=run_dir.name,

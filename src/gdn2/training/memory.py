@@ -1,7 +1,8 @@
 """The memory of a training step, found by running a block of each kind on fake tensors: shapes and dtypes, no numbers.
 
-Nothing is allocated. For a GPU the fake tensors take the path of the fused kernels, wherever this runs. What those
-kernels need for a moment, the allocator's rounding and CUDA's own context (about half a GiB) are not counted.
+Nothing is allocated. For a GPU the fake tensors take the path of the fused kernels, wherever this runs; for a CPU the
+operator's own code runs too (`workspace.py`). What the GPU's kernels need for a moment, the allocator's rounding and
+CUDA's own context (about half a GiB) are not counted.
 """
 
 import weakref
@@ -22,6 +23,7 @@ from gdn2.model import LanguageModel
 from gdn2.ops.fused import planning
 from gdn2.training.optim import state_bytes
 from gdn2.training.recompute import recompute
+from gdn2.training.workspace import run_inside
 
 
 class Held(NamedTuple):
@@ -51,29 +53,26 @@ class Memory:
     parts: dict[str, Held]
 
 
-def workspace(k: Tensor, v: Tensor) -> int:
-    """Bytes that the operator's backward in PyTorch holds at most, inside the op: k [B, T, H, K], v [B, T, HV, V].
-
-    Fitted to what torch's profiler saw for K and V of 32, 64 and 128, within 1 %: float32 numbers per token and head.
-    """
-    B, T, HV, V = v.shape
-    K = k.shape[-1]
-    return 4 * B * T * HV * (34 * K + 13 * V + K * V // 19 + 260)
-
-
 class Live(TorchDispatchMode):
-    """Counts bytes of storages that operations made within it: those alive, `now`, and the most there were, `peak`."""
+    """Counts bytes of storages that operations made within it: those alive, `now`, and the most there were, `peak`.
 
-    def __init__(self, ignored: Sequence[Tensor] = ()) -> None:
+    Those made inside the operator's ops count for `peak` with `inside`, which takes fake tensors.
+    """
+
+    def __init__(self, ignored: Sequence[Tensor] = (), inside: bool = False) -> None:
         super().__init__()
+        self._inside = inside
         self.now = self.peak = 0
         self._seen: dict[int, weakref.ref[Any]] = {}
         for tensor in ignored:
             self._watch(tensor, 0)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func.name().startswith("gdn2::chunk_backward"):
-            self.peak = max(self.peak, self.now + workspace(args[3], args[4]))
+        name = func.name().partition(".")[0]
+        if self._inside and name.startswith("gdn2::chunk"):
+            with Live([x for x in args if isinstance(x, Tensor)]) as inside, torch.autocast("cpu", enabled=False):
+                run_inside(name, args)
+            self.peak = max(self.peak, self.now + inside.peak)
         out = func(*args, **(kwargs or {}))
         for leaf in tree_leaves(out):
             if isinstance(leaf, Tensor):
@@ -165,7 +164,7 @@ def measure(
             parameter.grad = torch.empty_like(parameter)
     x = x.detach().requires_grad_()
     known = [*parameters, x, *(p.grad for p in parameters if p.grad is not None)]
-    with Live(known) as live:
+    with Live(known, inside=True) as live:
         with cast():
             y = run(x)
             forward = live.now

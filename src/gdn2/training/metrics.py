@@ -12,6 +12,7 @@ from typing import IO, Any
 import torch
 from torch import nn
 
+from gdn2.data.disk import writing
 from gdn2.data.shards import IGNORE, Batch, TokenBatches
 from gdn2.layers.delta import DeltaMixer
 from gdn2.layers.gates import Gates
@@ -133,11 +134,8 @@ class MetricsFile:
 
     def append(self, row: Row) -> None:
         """OSError, which names the file, where it cannot be written."""
-        try:
-            with self._path.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(_finite(row), allow_nan=False) + "\n")
-        except OSError as error:  # of a full disk, say, which names none
-            raise OSError(error.errno, error.strerror, str(self._path)) from error
+        with writing(self._path), self._path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(_finite(row), allow_nan=False) + "\n")
 
     def cut_after(self, step: int) -> None:
         """Drop the rows of later steps, and a half-written last line: a resumed run writes them again."""
@@ -145,8 +143,9 @@ class MetricsFile:
             return
         kept = [line for line, row in _whole_lines(self._path) if row["step"] <= step]
         temporary = self._path.with_name(f".{self._path.name}")
-        temporary.write_text("".join(kept), encoding="utf-8")
-        os.replace(temporary, self._path)
+        with writing(self._path, temporary):
+            temporary.write_text("".join(kept), encoding="utf-8")
+            os.replace(temporary, self._path)
 
 
 def read_metrics(run_dir: Path) -> list[Row]:

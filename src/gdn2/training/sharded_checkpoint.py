@@ -61,9 +61,9 @@ class ShardedCheckpoints:
             pending.result()
 
     def _write(self, step: int, weights: Tensors, optimizer: Tensors, trainer: dict[str, Any]) -> None:
-        temporary = self._run_dir / "checkpoints" / f".step_{step:08d}"
+        temporary = checkpoint.hidden(self._run_dir, step)
         # What a killed run left is gone before anyone writes.
-        self._first_rank_does(temporary, lambda: checkpoint.begin(self._run_dir, step))
+        self._first_rank_does(temporary, lambda: checkpoint.begin(temporary))
         error, sha256 = None, {}
         try:
             for name, tensors in (("model", weights), ("optimizer", optimizer)):
@@ -111,13 +111,15 @@ def load(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> No
     Each process reads what it keeps. CheckpointError where names or shapes do not fit.
     """
     weights: Tensors = {name: parameter.detach() for name, parameter in model.named_parameters()}
+    share = folder if (folder / "optimizer.safetensors").is_file() else folder / "optimizer"
     states: Tensors = {}
-    for name, parameter in model.named_parameters():
-        for what, tensor in _empty_state(optimizer, parameter).items():
-            states[f"{what}.{name}"] = tensor
-    whole = (folder / "optimizer.safetensors").is_file()
+    if HuggingFaceStorageReader(str(share)).read_metadata().state_dict_metadata.keys() - weights.keys():
+        for name, parameter in model.named_parameters():
+            for what, tensor in _empty_state(optimizer, parameter).items():
+                states[f"{what}.{name}"] = tensor
+    # else the run was stopped before its first step, and its optimizer had none
     try:
-        for tensors, place in ((weights, folder), (states, folder if whole else folder / "optimizer")):
+        for tensors, place in ((weights, folder), (states, share)):
             _read(tensors, place, alone=not dist.is_initialized())
     except CheckpointException as error:
         raise CheckpointError(f"{folder} does not fit the model: {_first(error)}") from error

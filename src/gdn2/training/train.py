@@ -1,14 +1,12 @@
 """The training loop: one function; what it needs is in the files beside it."""
 
 import math
-import signal
-import threading
+import sys
 import time
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from types import FrameType, TracebackType
 from typing import IO, Any, NamedTuple
 
 import torch
@@ -16,6 +14,7 @@ import torch
 import gdn2
 from gdn2.config import ConfigError, RunConfig, read_config, require, to_dict, write_config
 from gdn2.data import Shards, TokenBatches, TokenFile, Tokenizer, load_tokenizer
+from gdn2.data.disk import writing
 from gdn2.data.lock import NAME as LOCK
 from gdn2.data.lock import FolderLock
 from gdn2.generate import generate
@@ -23,6 +22,7 @@ from gdn2.info import describe
 from gdn2.model import LanguageModel
 from gdn2.training import checkpoint
 from gdn2.training.checkpoint import CheckpointError
+from gdn2.training.compiling import compile_blocks
 from gdn2.training.distributed import RankLostError, Ranks
 from gdn2.training.logs import Log, check_logs, open_logs
 from gdn2.training.metrics import Display, MetricsFile, Row, inspect, language_scores, validate
@@ -32,6 +32,7 @@ from gdn2.training.recompute import recompute
 from gdn2.training.saver import Saver
 from gdn2.training.sharding import clip_gradients, local, settle
 from gdn2.training.step import accumulate_gradients
+from gdn2.training.stopping import Stopped, StopSignals
 from gdn2.training.throughput import mfu, peak_flops
 from gdn2.training.watch import Watch, peak_memory
 
@@ -52,7 +53,10 @@ class TrainingError(RuntimeError):
 
 
 class Outcome(NamedTuple):
-    """How a run ended; `interrupted` names the signal that stopped it, `val` is the last validation's row."""
+    """How a run ended; `interrupted` names the signal that stopped it, `val` is the last validation's row.
+
+    Stopped before its first row it has written nothing; `step` and `tokens` are those it would have begun with, or 0.
+    """
 
     step: int
     tokens: int
@@ -75,71 +79,101 @@ class Counters:
     seconds: float = 0.0
 
 
-def train(config: RunConfig, run_dir: str | Path, resume: bool = False, stream: IO[str] | None = None) -> Outcome:
+def train(
+    config: RunConfig,
+    run_dir: str | Path,
+    resume: bool = False,
+    stream: IO[str] | None = None,
+    stop: StopSignals | None = None,
+) -> Outcome:
     """Train as `config` says, in the folder `run_dir`; with `resume`, go on from its newest checkpoint.
 
     Under `torchrun` its processes share the work as `config.parallel` says; each calls this.
 
-    SIGINT (Ctrl-C) and SIGTERM, to any process, end it after the current step with a checkpoint; a second one ends it
-    at once. On a CPU a resumed run of one process is bit-identical to one that never stopped. Progress goes to `stream`
-    (standard output). No checkpoint is written while steps are not finite, so that the kept ones are good.
+    SIGINT (Ctrl-C) and SIGTERM, to any process, end it after the current step with a checkpoint, and before the first
+    step with nothing written; a second one ends it at once. `stop` is there already where the caller has watched for
+    them since before this call. On a CPU a resumed run of one process is bit-identical to one that never stopped.
+    Progress goes to `stream` (standard output). No checkpoint is written while steps are not finite, so that the kept
+    ones are good.
 
     ConfigError and ValueError for a configuration, data or folder that cannot be used, or in which another process is
     training, before anything is written;
-    CheckpointError for a damaged or unwritable checkpoint; TrainingError when `train.max_bad_steps` steps in a row
+    CheckpointError for a damaged or unwritable checkpoint; OSError, with a note of the newest checkpoint, for another
+    file that cannot be written; TrainingError when `train.max_bad_steps` steps in a row
     had a loss or gradient that is not finite (such steps are skipped and counted, the weights stay as they were), or
     when what would be saved is not finite, or when another process of the run is gone.
     """
     run_dir = Path(run_dir)
     try:
-        with Ranks(config) as ranks, FolderLock(run_dir) if ranks.main else nullcontext() as lock:
-            return run(config, run_dir, resume, stream, ranks, None if lock is None else lock.left_by)
+        with (
+            StopSignals() if stop is None else nullcontext(stop) as signals,
+            Ranks(config) as ranks,
+            FolderLock(run_dir) if ranks.main else nullcontext() as lock,
+        ):
+            return run(config, run_dir, resume, stream, signals, ranks, None if lock is None else lock.left_by)
     except RankLostError as error:
         raise TrainingError(f"{error}; {newest(run_dir)}; go on with: gdn2 train --run {run_dir} --resume") from error
+    except OSError as error:
+        error.add_note(newest(run_dir))
+        raise
 
 
 def run(
-    config: RunConfig, run_dir: Path, resume: bool, stream: IO[str] | None, ranks: Ranks, left_by: str | None
+    config: RunConfig,
+    run_dir: Path,
+    resume: bool,
+    stream: IO[str] | None,
+    stop: StopSignals,
+    ranks: Ranks,
+    left_by: str | None,
 ) -> Outcome:
     """`train` as one of `ranks`, which it starts; `left_by` is a process that died while it trained in the folder."""
     check_parallel(config, ranks.size)
     optim = config.optim
     device, autocast, precision = resolve_device(ranks.on_own_device(config))
     check_logs(config)
-    shards = Shards(config.data.path)
-    if ranks.local_rank == 0:  # once a machine
-        shards.verify()
-    tokenizer = load_tokenizer(shards.path)
-    check_vocabulary(config, shards)
-    source = {"train_sha256": shards.meta.digest("train"), "precision": precision}
-    cut = (config.data.seq_len, ranks.micro_batch, config.seed, ranks.data_rank, ranks.data_size)
-    batches = TokenBatches(shards.split("train"), *cut, packed=config.data.packed)
-    val_batches = TokenBatches(shards.split("val"), *cut, packed=config.data.packed)
-    start, trainer = open_run(config, run_dir, resume, source, contents=ranks.local_rank == 0)
-    ranks.start(device)
-    ranks.barrier()  # all have looked at the folder before one writes to it
+    start: Path | None = None
+    trainer: dict[str, Any] = {}
+    with suppress(Stopped), stop.raising():
+        shards = Shards(config.data.path)
+        if ranks.local_rank == 0:  # once a machine
+            shards.verify()
+        tokenizer = load_tokenizer(shards.path)
+        check_vocabulary(config, shards)
+        source = {"train_sha256": shards.meta.digest("train"), "precision": precision}
+        cut = (config.data.seq_len, ranks.micro_batch, config.seed, ranks.data_rank, ranks.data_size)
+        batches = TokenBatches(shards.split("train"), *cut, packed=config.data.packed)
+        val_batches = TokenBatches(shards.split("val"), *cut, packed=config.data.packed)
+        start, trainer = open_run(config, run_dir, resume, source, contents=ranks.local_rank == 0)
+    # A rank that a signal has reached meets the others too, to tell them. That all have looked at the folder when they
+    # hear of it, or of none, comes before one writes to it.
+    ranks.start(device, stop)
+    if (received := ranks.any_signal(stop.received)) is not None:
+        return stopped_early(received, trainer, stream, ranks)
 
-    torch.manual_seed(config.seed)
-    model = LanguageModel(config.model)
-    parallelize(model, ranks, device, precision)
-    optimizer = build_optimizer(model, optim)
     counters = Counters()
     metrics = MetricsFile(run_dir / "metrics.jsonl")
-    saver = Saver(run_dir, config, tokenizer, ranks)
-    if start is not None:
-        saver.load(start, model, optimizer)
-        counters = Counters(**trainer["counters"])
-        batches.load_state_dict(trainer["data"])
-        checkpoint.set_random_state(trainer["random"])
+    with suppress(Stopped), stop.raising() if ranks.size == 1 else nullcontext():  # of several, all must take part
+        torch.manual_seed(config.seed)
+        model = LanguageModel(config.model)
+        parallelize(model, ranks, device, precision)
+        optimizer = build_optimizer(model, optim)
+        saver = Saver(run_dir, config, tokenizer, ranks)
+        if start is not None:
+            saver.load(start, model, optimizer)
+            counters = Counters(**trainer["counters"])
+            batches.load_state_dict(trainer["data"])
+            checkpoint.set_random_state(trainer["random"])
+    if (received := ranks.any_signal(stop.received)) is not None:
+        return stopped_early(received, trainer, stream, ranks)
     if ranks.main:
         if start is not None:
             metrics.cut_after(counters.step)
-        run_dir.mkdir(parents=True, exist_ok=True)
-        write_config(run_dir, config)
+        with writing(run_dir / "config.yaml", run_dir / ".config.yaml"):
+            write_config(run_dir, config)
     recompute(model, config.train.recompute)
     if config.train.compile:
-        for block in model.blocks:
-            block.compile()
+        compile_blocks(model)
     model.train()
 
     saved_step, last_val = counters.step if start else None, None
@@ -150,7 +184,7 @@ def run(
         more_logs = open_logs(config, run_dir, counters.step)
     watch, flops = Watch(config.model.vocab_size), describe(config.model, config.data.seq_len).training_flops
     peak = config.train.peak_flops or peak_flops(device)
-    with more_logs as logs, display or nullcontext(), StopSignals() as stop:
+    with more_logs as logs, display or nullcontext():
 
         def record(kind: str, **values: Any) -> Row:
             counters.elapsed = before + time.perf_counter() - began
@@ -262,6 +296,14 @@ def run(
     return Outcome(counters.step, counters.step * config.train.batch_tokens, interrupted, last_val)
 
 
+def stopped_early(received: str, trainer: dict[str, Any], stream: IO[str] | None, ranks: Ranks) -> Outcome:
+    """The end of a run that a signal reached before anything was written."""
+    if ranks.main:
+        said = f"stopped by {received} before training began; nothing was written, the same command starts it again"
+        print(said, file=stream or sys.stdout, flush=True)
+    return Outcome(trainer.get("step", 0), trainer.get("tokens", 0), received, None)
+
+
 def resolve_device(config: RunConfig, key: str = "train.device") -> tuple[torch.device, AbstractContextManager, str]:
     """Device, autocast context and the precision's name. ConfigError, which calls it `key`, for one not here."""
     name = config.train.device
@@ -370,30 +412,3 @@ def diverged(run_dir: Path, step: int, why: str) -> str:
 def newest(run_dir: Path) -> str:
     saved = checkpoint.checkpoints(run_dir)
     return f"the newest checkpoint is {saved[-1]}" if saved else "no checkpoint was written"
-
-
-class StopSignals:
-    """Turns the first SIGINT or SIGTERM into a flag, `received`; the next one acts as usual."""
-
-    def __init__(self) -> None:
-        self.received: str | None = None
-        self._previous: dict[signal.Signals, Any] = {}
-
-    def __enter__(self) -> "StopSignals":
-        if threading.current_thread() is threading.main_thread():  # Python lets no other thread set handlers
-            for number in (signal.SIGINT, signal.SIGTERM):
-                self._previous[number] = signal.signal(number, self._handle)
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._restore()
-
-    def _handle(self, number: int, frame: FrameType | None) -> None:
-        self.received = signal.Signals(number).name
-        self._restore()
-
-    def _restore(self) -> None:
-        for number, handler in self._previous.items():
-            signal.signal(number, handler)
