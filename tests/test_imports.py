@@ -30,7 +30,7 @@ ALLOWED = {
     "integrations": {"__init__", "config", "data", "evaluation", "generate", "layers", "model"},
     "report": {"config", "data", "evaluation", "inference", "layers", "model", "training"},
     "inference": {"data", "decoding", "generate", "layers", "model", "ops"},
-    "selftest": {"layers", "ops"},
+    "selftest": {"config", "decoding", "layers", "model", "ops"},
     "serving": {"__init__", "data", "inference", "layers", "model"},
     "__init__": {"config", "model", "presets"},
     "__main__": {"cli"},
