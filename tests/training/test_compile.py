@@ -135,3 +135,26 @@ def test_the_operator_is_one_node_of_a_block() -> None:
     model.blocks[0].compile(backend=look, fullgraph=True)
     model.loss(*torch.zeros(2, 2, 24, dtype=torch.int64))
     assert sum("gdn2" in node and "chunk" in node for node in nodes) == 1
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("name", ["gdn2", "window"])
+@pytest.mark.parametrize("documents", [None, (300, 1, 211), (500, 12)], ids=str)
+def test_gpu_compiled_blocks_give_the_gradients_of_eager_ones(name: str, documents: tuple[int, ...] | None) -> None:
+    """By torch's own compiler, with heads of 64 and 128 and every kernel of a training step."""
+    config = ModelConfig(**SMALL | MODELS[name] | {"d_model": 256, "mlp_width": 704, "key_dim": 64, "value_dim": 128})
+    cu_seqlens = None if documents is None else packed(*documents).cuda()
+    gradients = []
+    for compiles in (False, True):
+        torch.manual_seed(0)
+        model = LanguageModel(config).cuda()
+        if compiles:
+            compile_blocks(model, fullgraph=True)
+        tokens = torch.randint(257, (2 if documents is None else 1, 512), generator=torch.Generator().manual_seed(1))
+        with torch.autocast("cuda", torch.bfloat16):
+            loss = model.loss(tokens.cuda(), tokens.cuda(), cu_seqlens)
+        loss.backward()
+        gradients.append({n: p.grad for n, p in model.named_parameters() if p.grad is not None})
+    for n, expected in gradients[0].items():
+        assert (gradients[1][n] - expected).norm() < 0.03 * expected.norm(), n
