@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from gdn2.cli import main
+from gdn2.layers import GatedDeltaNet2
 from gdn2.ops import gated_delta_rule_2
 from gdn2.ops.kernels import configs, launch, tables, verdicts
 from gdn2.selftest import check as selftest
@@ -68,6 +69,35 @@ def test_a_wrong_gradient_is_found(monkeypatch):
     number = next(n for n, case in enumerate(selftest.CASES) if case.dtype == "float32")
     finding = found(lambda _: selftest.measure(SMALL, DEVICE), number)
     assert "d q is off by 1.0e-02" in finding.wrong
+
+
+def test_a_wrong_step_of_one_token_is_found(monkeypatch):
+    right = launch.step
+
+    def wrong(*args):
+        o = right(*args)
+        o[:, 1] *= 1.01  # one head of two
+        return o
+
+    monkeypatch.setattr(selftest, "LONG", [9])
+    monkeypatch.setattr(selftest, "MANY", [2])
+    monkeypatch.setattr(launch, "step", wrong)
+    output, _, _ = selftest.measure(SMALL, DEVICE)
+    assert 0.009 < output < 0.011
+
+
+@pytest.mark.parametrize("argument", ["state", "cu_seqlens"])
+def test_a_layer_that_is_wrong_in_pieces_or_packed_is_found(argument, monkeypatch):
+    right = GatedDeltaNet2.forward
+
+    def wrong(self, x, state=None, cu_seqlens=None):
+        y, after = right(self, x, state, cu_seqlens)
+        here = (state if argument == "state" else cu_seqlens) is not None and x.dtype == torch.float32
+        return (y * 1.01 if here else y), after
+
+    monkeypatch.setattr(GatedDeltaNet2, "forward", wrong)
+    output, _, _ = selftest.measure(selftest.LayerCase("float32"), torch.device("cpu"))
+    assert 0.005 < output < 0.011
 
 
 def test_layers_pass():
