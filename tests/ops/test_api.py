@@ -2,6 +2,7 @@
 
 import logging
 
+import numpy as np
 import pytest
 import torch
 from operands import draw
@@ -66,6 +67,23 @@ def test_offsets_that_do_not_fit_are_shown(bounds, message, backend):
     operands.initial_state = None
     with pytest.raises(ValueError, match=message):
         operands.call(gated_delta_rule_2, cu_seqlens=cu_seqlens, backend=backend)
+
+
+def test_offsets_that_are_no_tensor_are_refused():
+    x = draw(B=1).to(torch.float32, grad=False)
+    with pytest.raises(ValueError, match=r"cu_seqlens is a list; expected a tensor \[N \+ 1\], int32 or int64"):
+        x.call(gated_delta_rule_2, cu_seqlens=[0, 70])
+
+
+@pytest.mark.parametrize("backend", ["reference", "torch"])
+def test_a_scale_is_a_number(backend):
+    x = draw().to(torch.float32, grad=False)
+    expected, _ = x.call(gated_delta_rule_2, scale=2.0, backend=backend)
+    for number in (2, np.float32(2)):
+        assert torch.equal(x.call(gated_delta_rule_2, scale=number, backend=backend)[0], expected)
+    for other, name in ((torch.tensor(2.0, requires_grad=True), "Tensor"), ("2", "str")):
+        with pytest.raises(ValueError, match=rf"scale is a {name}; expected a number, or None for K \*\* -0\.5"):
+            x.call(gated_delta_rule_2, scale=other, backend=backend)
 
 
 def test_offsets_on_another_device_are_refused():

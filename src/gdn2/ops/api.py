@@ -5,6 +5,7 @@ import itertools
 import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from numbers import Real
 
 import torch
 from torch import Tensor
@@ -48,7 +49,7 @@ def operator(
         on_gpu = v.device.type == "cuda" or is_planning()
         backend = "triton" if on_gpu and without_kernels(k, v) is None else "torch"
         _announce(f"backend 'auto' on {v.device.type}: {backend}")
-    scale = k.shape[-1] ** -0.5 if scale is None else scale
+    scale = k.shape[-1] ** -0.5 if scale is None else _number(scale)
     if backend == "reference":
         o, state = _reference(q, k, v, log_decay, erase, write, scale, initial_state, cu_seqlens)
     else:
@@ -60,6 +61,13 @@ def operator(
                 *inputs, None, None, cu_seqlens, scale, 1.0, 1.0, False, wants_gradient(*inputs), output_final_state
             )
     return o, state if output_final_state else None
+
+
+def _number(scale: float) -> float:
+    """ValueError for a tensor: reading it would wait for a GPU, and no gradient would reach it."""
+    if not isinstance(scale, Real):
+        raise ValueError(f"scale is a {type(scale).__name__}; expected a number, or None for K ** -0.5")
+    return float(scale)
 
 
 def wants_gradient(*tensors: Tensor | None) -> bool:
@@ -161,6 +169,8 @@ def _check_sequences(
 ) -> None:  # fmt: skip
     N = B
     if cu_seqlens is not None:
+        if not isinstance(cu_seqlens, Tensor):
+            raise ValueError(f"cu_seqlens is a {type(cu_seqlens).__name__}; expected a tensor [N + 1], int32 or int64")
         if cu_seqlens.dim() != 1 or cu_seqlens.shape[0] < 1 or cu_seqlens.dtype not in (torch.int32, torch.int64):
             found = f"cu_seqlens has shape {_show(cu_seqlens)} and dtype {cu_seqlens.dtype}"
             raise ValueError(f"{found}; expected [N + 1], int32 or int64")

@@ -47,7 +47,22 @@ def layer_errors(dtype: torch.dtype, device: torch.device) -> tuple[float, float
     def both(part: Any) -> tuple[Any, Any]:
         return copy.deepcopy(part).to(device), part.double()
 
+    def in_pieces(bounds: list[int] | None) -> Callable[[Any, Tensor], Tensor]:
+        """A layer that goes on from the state of the piece before, packed or not."""
+
+        def call(layer: Any, x: Tensor) -> Tensor:
+            state, outputs = None, []
+            cu_seqlens = None if bounds is None else torch.tensor(bounds, device=x.device)
+            for piece in (x[:, :2], x[:, 2:]) if bounds is None else (x[:1], x[1:]):
+                y, state = layer(piece, state, cu_seqlens=cu_seqlens)
+                outputs.append(y)
+            return torch.cat(outputs, dim=1)
+
+        return call
+
     hold("layer", lambda layer, x: layer(x)[0], *_layers(device))
+    hold("layer in pieces", in_pieces(None), *_layers(device))
+    hold("packed layer in pieces", in_pieces([0, 2, 2, 100, 150]), *_layers(device))
     hold("sum and norm", lambda norm, x: torch.cat(norm.of_sum(x, x.square()), dim=-1), *both(RMSNorm(64)))
     hold("SwiGLU", lambda mlp, x: mlp(x), *both(SwiGLU(64, 300)))
     for window in (20, 100):

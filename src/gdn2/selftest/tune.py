@@ -3,14 +3,14 @@
 First every trial is compiled and held to float64, each in a process of its own, since it may crash the GPU's context,
 and many side by side. Then one process times the right ones, each in turns with the best so far: the GPU's clock rises
 and falls by more than what they differ by. A trial changes one kernel, so that the winners of several kernels go
-together; what they are together is checked once more.
+together; what they are together is held to every case of the self-test that would run with it.
 """
 
 import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -56,31 +56,38 @@ def tune(device: torch.device, quick: bool = False, jobs: int | None = None) -> 
     shared = shared_memory(device)
     for dtype, size in product(("bfloat16", "float32"), HEAD_SIZES) if not quick else [("bfloat16", 128)]:
         name, config = named_config(getattr(torch, dtype), size, size, shared)
-        verdict = verdicts.load(device)
-        if name in verdict.wrong:
+        if name in verdicts.load(device).wrong:
             yield f"{name}: refused by the self-test, not tuned"
             continue
         yield f"{name}: {config}"
         work = Work(name, dtype, size)
+        cases = [x for x in check.CASES if isinstance(x, check.Case) and x.name(shared) == name]
         tried = list(trials(config))
         with ThreadPoolExecutor(check.processes(jobs)) as pool:
             each = (replace(config, **{kernel: value}) for kernel, value in tried)
-            found = list(pool.map(partial(_wrong, work), each))
+            found = list(pool.map(partial(_wrong, work, case=check.Case(dtype, size, size)), each))
         for (kernel, value), wrong in zip(tried, found):
             if wrong:
                 yield f"  {kernel} {value}: {wrong}"
         right = [trial for trial, wrong in zip(tried, found) if not wrong]
         best, lines = _raced(work, config, right)
         yield from (f"  {line}" for line in lines)
-        wrong = _wrong(work, best) if best != config else ""
+        wrong = ""
+        if best != config:
+            with ThreadPoolExecutor(check.processes(jobs)) as pool:
+                found = list(pool.map(partial(_wrong, work, best), cases))
+            wrong = next((f"{case}: {error}" for case, error in zip(cases, found) if error), "")
         if wrong:
             yield f"  together the winners are wrong, nothing is kept: {wrong}"
         elif quick:
             yield f"  best {best}"
         else:
-            verdict.tuned[name] = best
-            verdicts.save(device, verdict)
+            verdicts.update(device, partial(_with, name, best))
             yield f"  kept {best}"
+
+
+def _with(name: str, config: Config, verdict: verdicts.Verdict) -> verdicts.Verdict:
+    return replace(verdict, tuned=verdict.tuned | {name: config})
 
 
 def race(
@@ -105,9 +112,8 @@ class Work:
     dtype: str
     size: int
 
-    def check(self, config: Config, device: torch.device) -> None:
+    def check(self, config: Config, case: check.Case, device: torch.device) -> None:
         """ValueError when errors are beyond the self-test's bounds."""
-        case = check.Case(self.dtype, self.size, self.size)
         output, gradient, worst = check.measure(case, device, {self.name: config})
         bounds = check.BOUNDS[self.dtype]
         if not (output <= bounds[0] and gradient <= bounds[1]):
@@ -142,10 +148,10 @@ class Work:
         return both
 
 
-def _wrong(work: Work, config: Config) -> str:
-    """What is wrong with a configuration, or ""."""
+def _wrong(work: Work, config: Config, case: check.Case) -> str:
+    """What is wrong with a configuration in this case, or ""."""
     try:
-        _in_a_process("check", work, config)
+        _in_a_process("check", work, config, case=asdict(case))
     except subprocess.SubprocessError as error:
         return str(error)
     return ""
@@ -154,15 +160,15 @@ def _wrong(work: Work, config: Config) -> str:
 def _raced(work: Work, config: Config, tried: list[tuple[str, Any]]) -> tuple[Config, list[str]]:
     """`race` in a process of its own; the configuration as it is when that fails."""
     try:
-        values, lines = json.loads(_in_a_process("race", work, config, tried))
+        values, lines = json.loads(_in_a_process("race", work, config, tried=tried))
     except subprocess.SubprocessError as error:
         return config, [f"not timed: {error}"]
     return Config.of(values), lines
 
 
-def _in_a_process(what: str, work: Work, config: Config, tried: Sequence[tuple[str, Any]] = ()) -> str:
+def _in_a_process(what: str, work: Work, config: Config, **more: Any) -> str:
     """The last line that it prints. SubprocessError when it fails or does not end."""
-    argument = json.dumps({"what": what, "work": asdict(work), "config": asdict(config), "tried": tried})
+    argument = json.dumps({"what": what, "work": asdict(work), "config": asdict(config), **more})
     command = [sys.executable, "-m", "gdn2.selftest.tune", argument]
     environment = {"OMP_NUM_THREADS": "1", **os.environ}
     try:
@@ -180,7 +186,7 @@ def main() -> None:
     x = json.loads(sys.argv[1])
     work, config, device = Work(**x["work"]), Config.of(x["config"]), torch.device("cuda")
     if x["what"] == "check":
-        work.check(config, device)
+        work.check(config, check.Case(**x["case"]), device)
     else:
         best, lines = race(work.times(device), config, [(kernel, tuple(value)) for kernel, value in x["tried"]])
         print(json.dumps([asdict(best), lines]))

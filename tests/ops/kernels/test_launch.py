@@ -8,8 +8,9 @@ import torch
 from operands import DECAYS, assert_close, draw, relative, results
 
 from gdn2.ops import gated_delta_rule_2
-from gdn2.ops.kernels import configs, launch
+from gdn2.ops.kernels import chunks, configs, launch
 from gdn2.ops.kernels.chunks import locate
+from gdn2.ops.projected import rule_from_projections
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 needs_gpu = pytest.mark.skipif(DEVICE == "cpu", reason="no CUDA device")
@@ -181,6 +182,35 @@ def test_no_tokens_leave_the_state_as_it_was():
     assert torch.equal(state, operands.initial_state.cpu())
     (d_state,) = torch.autograd.grad(state.sum(), [operands.initial_state])
     assert torch.equal(d_state, torch.ones_like(d_state))
+
+
+@pytest.fixture
+def unusual_defaults():
+    torch.set_default_dtype(torch.bfloat16)
+    torch.set_default_device("meta")
+    yield
+    torch.set_default_device(None)
+    torch.set_default_dtype(torch.float32)
+
+
+@pytest.mark.parametrize("segment", [0, 1])
+def test_defaults_of_torch_change_nothing(segment, request):
+    def call():
+        leaves = [x.detach().requires_grad_() for x in tensors]
+        with configs.using({}, segment):
+            o, state = rule_from_projections(*leaves[:8], initial_state=leaves[8], **options)
+        return [o, state, *torch.autograd.grad([o.sum(), state.sum()], leaves)]
+
+    x = on_device(draw(B=1, T=41, H=1, K=16, V=16), torch.float32, grad=False)
+    rate, delta = (torch.linspace(-1, 0, n, device=DEVICE) for n in (1, 16))
+    tensors = x.q, x.k, x.v, x.log_decay, x.erase, x.write, rate, delta, x.initial_state
+    options = {"output_final_state": True, "backend": "triton"}
+    expected = call()
+    chunks._equal.cache_clear()
+    request.getfixturevalue("unusual_defaults")
+    for a, b in zip(call(), expected):
+        assert a.dtype == b.dtype == torch.float32
+        assert torch.equal(a, b)
 
 
 @pytest.mark.parametrize("missing", ["", "log_decay", "erase", "write"])

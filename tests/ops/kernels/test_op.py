@@ -93,6 +93,23 @@ def test_a_subclass_of_tensor_takes_the_library():
     assert not op._plain((normal(2), normal(2).as_subclass(Own)))
 
 
+def test_a_negative_view_is_what_it_stands_for():
+    x, gate = normal(4), normal(4)
+    negative = torch._neg_view(x)
+    assert negative.is_contiguous()
+    assert negative.data_ptr() == x.data_ptr()
+    with torch.no_grad():
+        assert torch.equal(swiglu.swiglu(negative, gate), swiglu.swiglu(-x, gate))
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.*:DeprecationWarning")
+def test_tracing_records_the_op():
+    x, gate = normal(4), normal(4)
+    traced = torch.jit.trace(swiglu.swiglu, (x, gate))
+    assert "gdn2::swiglu" in str(traced.graph)
+    assert torch.equal(traced(gate, x), swiglu.swiglu(gate, x))
+
+
 FIRST_CALL = """
 import sys, torch
 from gdn2.layers import GatedDeltaNet2

@@ -3,11 +3,16 @@
 import json
 import subprocess
 import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 
 from gdn2.cli import main
+from gdn2.layers import GatedDeltaNet2
 from gdn2.ops import gated_delta_rule_2
 from gdn2.ops.kernels import configs, launch, tables, verdicts
 from gdn2.selftest import check as selftest
@@ -45,7 +50,7 @@ def found(run, number=0):
 def test_right_kernels_pass(change, monkeypatch):
     monkeypatch.setattr(selftest, "LONG", [20, 0, 17])
     monkeypatch.setattr(selftest, "MANY", [3, 0, 1])
-    output, gradient, _ = selftest.measure(selftest.replace(SMALL, **change), DEVICE)
+    output, gradient, _ = selftest.measure(replace(SMALL, **change), DEVICE)
     assert 0 < output < 1e-5
     assert 0 < gradient < 5e-5
 
@@ -64,6 +69,35 @@ def test_a_wrong_gradient_is_found(monkeypatch):
     number = next(n for n, case in enumerate(selftest.CASES) if case.dtype == "float32")
     finding = found(lambda _: selftest.measure(SMALL, DEVICE), number)
     assert "d q is off by 1.0e-02" in finding.wrong
+
+
+def test_a_wrong_step_of_one_token_is_found(monkeypatch):
+    right = launch.step
+
+    def wrong(*args):
+        o = right(*args)
+        o[:, 1] *= 1.01  # one head of two
+        return o
+
+    monkeypatch.setattr(selftest, "LONG", [9])
+    monkeypatch.setattr(selftest, "MANY", [2])
+    monkeypatch.setattr(launch, "step", wrong)
+    output, _, _ = selftest.measure(SMALL, DEVICE)
+    assert 0.009 < output < 0.011
+
+
+@pytest.mark.parametrize("argument", ["state", "cu_seqlens"])
+def test_a_layer_that_is_wrong_in_pieces_or_packed_is_found(argument, monkeypatch):
+    right = GatedDeltaNet2.forward
+
+    def wrong(self, x, state=None, cu_seqlens=None):
+        y, after = right(self, x, state, cu_seqlens)
+        here = (state if argument == "state" else cu_seqlens) is not None and x.dtype == torch.float32
+        return (y * 1.01 if here else y), after
+
+    monkeypatch.setattr(GatedDeltaNet2, "forward", wrong)
+    output, _, _ = selftest.measure(selftest.LayerCase("float32"), torch.device("cpu"))
+    assert 0.005 < output < 0.011
 
 
 def test_layers_pass():
@@ -98,7 +132,7 @@ def test_what_was_found_wrong_is_refused_from_then_on(empty_cache):
 
 
 def test_tuned_configurations_are_used():
-    config = selftest.replace(tables.INTERPRETED, chunk=32)
+    config = replace(tables.INTERPRETED, chunk=32)
     verdicts.save(DEVICE, verdicts.Verdict(tuned={NAME: config}))
     configs.plan.cache_clear()
     assert configs.plan(torch.float32, DEVICE, 1, 16, 1, 16)[0] == config
@@ -140,9 +174,9 @@ def test_tuning_keeps_what_is_right_and_faster(monkeypatch):
         tune, "named_config", lambda dtype, K, V, shared: (configs.named_config(dtype, K, V)[0], config)
     )
 
-    best = selftest.replace(config, scan=(*config.scan[:2], 2))
+    best = replace(config, scan=(*config.scan[:2], 2))
 
-    def wrong(work, tried):
+    def wrong(work, tried, case):
         return "d q is off by 0.3" if tried.value != config.value else ""
 
     def raced(work, tried, right):
@@ -168,21 +202,83 @@ def test_tuning_keeps_what_is_right_and_faster(monkeypatch):
     assert verdict.tuned == dict.fromkeys(tuned, best)
 
 
-def test_winners_that_are_wrong_together_are_not_kept(monkeypatch):
+def test_winners_that_are_wrong_together_in_any_case_are_not_kept(monkeypatch):
     (_, _, config), *_ = tables.CONFIGS[2]
-    best = selftest.replace(config, scan=(*config.scan[:2], 2), key=(*config.key[:3], 1))
-    monkeypatch.setattr(tune, "_wrong", lambda work, tried: "d k is off by 0.5" if tried == best else "")
+    best = replace(config, scan=(*config.scan[:2], 2), key=(*config.key[:3], 1))
+    held = []
+
+    def wrong(work, tried, case):
+        if tried == best:
+            held.append(case)
+        return "d k is off by 0.5" if tried == best and case.cut else ""
+
+    monkeypatch.setattr(tune, "_wrong", wrong)
     monkeypatch.setattr(tune, "_raced", lambda work, tried, right: (best, []))
-    monkeypatch.setattr(tune, "named_config", lambda *_: ("bfloat16, heads up to 128", config))
+    monkeypatch.setattr(tune, "HEAD_SIZES", (128,))
     lines = list(tune.tune(DEVICE))
-    assert "  together the winners are wrong, nothing is kept: d k is off by 0.5" in lines
+    for dtype in ("bfloat16", "float32"):
+        cut = selftest.Case(dtype, cut=True)
+        assert f"  together the winners are wrong, nothing is kept: {cut}: d k is off by 0.5" in lines
+    assert set(held) == {
+        case
+        for case in selftest.CASES
+        if isinstance(case, selftest.Case) and case.dtype != "float16" and max(case.K, case.V) <= 128
+    }
     assert verdicts.load(DEVICE).tuned == {}
+
+
+def test_the_selftest_checks_what_was_tuned_and_drops_what_is_wrong(monkeypatch, capsys):
+    monkeypatch.setattr(verdicts, "_key", lambda device: "a GPU")
+    tuned = {NAME: tables.INTERPRETED, "another": tables.INTERPRETED}
+    verdicts.save(DEVICE, verdicts.Verdict(tuned=tuned))
+    monkeypatch.setattr(selftest, "measure", lambda case, device, configs: list(configs))
+    monkeypatch.setattr(sys, "argv", ["check", "0"])
+    selftest.main()
+    assert json.loads(capsys.readouterr().out) == list(tuned)
+    case = next(n for n, case in enumerate(selftest.CASES) if case.name(tables.H100_SHARED) == NAME)
+    monkeypatch.setattr(selftest, "_in_a_process", lambda number: (float(number == case), 0.0, ""))
+    assert sum(bool(finding.wrong) for finding in selftest.selftest(DEVICE)) == 1
+    verdict = verdicts.load(DEVICE)
+    assert verdict.checked
+    assert verdict.wrong.keys() == {NAME}
+    assert verdict.tuned.keys() == {"another"}
+
+
+def test_verdicts_that_are_kept_at_the_same_time_are_all_kept(monkeypatch, empty_cache):
+    monkeypatch.setattr(verdicts, "_key", lambda device: f"GPU {device.index}")
+
+    def keep(number):
+        def change(verdict):
+            time.sleep(0.02)
+            return verdicts.Verdict(True)
+
+        verdicts.update(torch.device("cuda", number), change)
+
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(keep, range(8)))
+    assert len(json.loads((empty_cache / "kernels.json").read_text())) == 8
+    assert {file.name for file in empty_cache.iterdir()} == {"kernels.json", "kernels.lock"}
+
+
+def test_without_a_home_folder_the_operator_runs_and_the_selftest_says_what_is_missing(monkeypatch, caplog):
+    def nowhere():
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.delenv("GDN2_CACHE")
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.setattr(Path, "home", nowhere)
+    call()
+    call()
+    (record,) = caplog.records
+    assert "GDN2_CACHE may name one" in record.message
+    with pytest.raises(FileNotFoundError, match="GDN2_CACHE may name one"):
+        next(selftest.selftest(DEVICE))
 
 
 def test_a_trial_that_fails_in_its_process_is_wrong():
     (_, _, config), *_ = tables.CONFIGS[2]
     work = tune.Work("bfloat16, heads up to 128", "bfloat17", 128)
-    assert "bfloat17" in tune._wrong(work, config)
+    assert "bfloat17" in tune._wrong(work, config, selftest.Case("bfloat17"))
     assert "bfloat17" in tune._raced(work, config, [])[1][0]
 
 
@@ -191,10 +287,10 @@ def test_a_trial_that_fails_in_its_process_is_wrong():
 def test_gpu_times_two_configurations():
     name, config = configs.named_config(torch.bfloat16, 128, 128, configs.shared_memory(DEVICE))
     work = tune.Work(name, "bfloat16", 128)
-    assert tune._wrong(work, config) == ""
+    assert tune._wrong(work, config, selftest.Case("bfloat16")) == ""
     kernel, value = next(tune.trials(config))
     best, (line,) = tune._raced(work, config, [(kernel, value)])
-    assert best in (config, selftest.replace(config, **{kernel: value}))
+    assert best in (config, replace(config, **{kernel: value}))
     assert line.startswith(f"{kernel} {value}: ")
 
 

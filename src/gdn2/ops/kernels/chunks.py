@@ -69,7 +69,7 @@ def _equal(B: int, T: int, C: int, L: int, S: int, device: torch.device) -> Layo
     # Made on the CPU: the copy is complete when it returns, so that any stream may read it, and outside inference mode
     # for the sake of a later training step.
     with torch.inference_mode(False):
-        chunks, sequences, segments = _locate(torch.arange(B + 1) * T, B * -(-T // C), C, L, S)
+        chunks, sequences, segments = _locate(torch.arange(B + 1, device="cpu") * T, B * -(-T // C), C, L, S)
         return Layout(
             Chunks(*(x.to(device) for x in chunks)),
             Spans(*(x.to(device) for x in sequences)),

@@ -212,7 +212,8 @@ def forward(
         state = _before_segments(kept, initial_state, segments, config, s, erase is not None)
         spans = segments.spans
     S = len(spans.start) - 1
-    final = torch.empty(S, s.HV, s.K, s.V, device=v.device) if output_final_state else None
+    exact: dict[str, Any] = {"dtype": torch.float32, "device": v.device}
+    final = torch.empty(S, s.HV, s.K, s.V, **exact) if output_final_state else None
     BV, warps, stages = scan_tile(config, S, s)
     run(
         scan_chunks, S * s.HV * (s.VP // BV),
@@ -248,20 +249,21 @@ def backward(
         None if x is None else torch.empty_like(x, memory_format=torch.contiguous_format)
         for x in (q, k, v, log_decay, erase, write)
     )
-    diagonal = torch.empty(M, s.H, s.C, device=v.device)
+    exact: dict[str, Any] = {"dtype": torch.float32, "device": v.device}
+    diagonal = torch.empty(M, s.H, s.C, **exact)
     # Key channels of a program: all of them where a gate that they share takes the sum of their gradients.
     span = s.KP if 1 in (_last(log_decay), _last(erase)) else min(s.KP, config.key[0])
-    along_q, along_k = torch.empty(2, M, s.H, s.C, device=v.device) if act else (None, None)
+    along_q, along_k = torch.empty(2, M, s.H, s.C, **exact) if act else (None, None)
     # Chunks that do not exist add nothing.
-    drate = torch.zeros(M, s.H, s.KP // span, device=v.device) if a.rate is not None else None
-    ddelta = torch.zeros(M, len(a.delta), device=v.device) if a.delta is not None else None
+    drate = torch.zeros(M, s.H, s.KP // span, **exact) if a.rate is not None else None
+    ddelta = torch.zeros(M, len(a.delta), **exact) if a.delta is not None else None
 
     dstate = dfinal_state
     if segments is not None:
         dstate = _after_segments(kept, do, dfinal_state, segments, config, s, erase is not None)
         spans = segments.spans
     S = len(spans.start) - 1
-    dS_first = None if initial_state is None else torch.empty(S, s.HV, s.K, s.V, device=v.device)
+    dS_first = None if initial_state is None else torch.empty(S, s.HV, s.K, s.V, **exact)
     BV, warps, stages = scan_tile(config, S, s)
     run(
         scan_back, S * s.HV * (s.VP // BV),

@@ -17,8 +17,8 @@ PLAIN = (Tensor, torch.nn.Parameter)
 class Op:
     """The op `name` of a function of tensors, lists of them and plain values, annotated as torch.library wants it.
 
-    A call on plain tensors outside compilers, dispatch modes and transforms runs the function itself; all others run
-    the op, `library`. Gradients of gradients are refused.
+    A call on plain tensors outside compilers, dispatch modes, transforms and tracing runs the function itself; all
+    others run the op, `library`. Gradients of gradients are refused.
     """
 
     def __init__(self, name: str, function: Callable[..., Any]) -> None:
@@ -61,9 +61,10 @@ class Op:
 
 
 def _plain(inputs: tuple[Any, ...]) -> bool:
-    if is_in_torch_dispatch_mode() or torch._C._are_functorch_transforms_active():
+    if is_in_torch_dispatch_mode() or torch._C._are_functorch_transforms_active() or torch.jit.is_tracing():
         return False
-    return all(type(x) in PLAIN for x in inputs if isinstance(x, Tensor))
+    # The memory of a negative view (`conj().imag`, and gradients of such) holds -x; the dispatcher resolves it.
+    return all(type(x) in PLAIN and not x.is_neg() for x in inputs if isinstance(x, Tensor))
 
 
 def op(name: str) -> Callable[[Callable[..., Any]], Op]:

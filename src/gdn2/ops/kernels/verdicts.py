@@ -6,8 +6,9 @@ the kernels; another combination has nothing to say. `GDN2_CACHE` names another 
 
 import hashlib
 import json
+import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from functools import lru_cache
@@ -23,6 +24,8 @@ AROUND = "the layer's convolutions and norms"
 DECODE = "the layer's decoding step"
 _ignored = False
 
+_log = logging.getLogger("gdn2")
+
 
 @dataclass
 class Verdict:
@@ -34,10 +37,15 @@ class Verdict:
 
 
 def path() -> Path:
-    """The file. `GDN2_CACHE`, `XDG_CACHE_HOME` and the home folder decide where it is."""
+    """The file. `GDN2_CACHE`, `XDG_CACHE_HOME` and the home folder decide where it is; OSError when there is none."""
     folder = os.environ.get("GDN2_CACHE")
-    base = Path(folder) if folder else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "gdn2"
-    return base / "kernels.json"
+    if folder:
+        return Path(folder) / "kernels.json"
+    try:
+        base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    except RuntimeError:
+        raise FileNotFoundError("this user has no home folder; GDN2_CACHE may name one instead") from None
+    return base / "gdn2" / "kernels.json"
 
 
 def load(device: torch.device) -> Verdict:
@@ -51,12 +59,24 @@ def load(device: torch.device) -> Verdict:
 
 
 def save(device: torch.device, verdict: Verdict) -> None:
-    """Write the verdict for this device beside those of others, atomically."""
-    entries = _read() | {_key(device): asdict(verdict)}
+    """As `update`, whatever the verdict was."""
+    update(device, lambda _: verdict)
+
+
+def update(device: torch.device, change: Callable[[Verdict], Verdict]) -> None:
+    """Make of the verdict for this device what `change` makes of it. Those of others stay.
+
+    Processes that do so at the same time take turns, and one that only reads sees the file before or after.
+    """
+    import fcntl  # not at the top: who only reads needs no lock
+
     path().parent.mkdir(parents=True, exist_ok=True)
-    temporary = path().with_suffix(f".{os.getpid()}.tmp")
-    temporary.write_text(json.dumps(entries, indent=1))
-    temporary.replace(path())
+    with open(path().with_suffix(".lock"), "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        entries = _read() | {_key(device): asdict(change(load(device)))}
+        temporary = path().with_suffix(f".{os.getpid()}.tmp")
+        temporary.write_text(json.dumps(entries, indent=1))
+        temporary.replace(path())
     _remembered.cache_clear()
 
 
@@ -84,7 +104,11 @@ def demand(name: str, device: torch.device) -> Verdict:
 
 @lru_cache(maxsize=16)
 def _remembered(device: torch.device) -> Verdict:
-    return load(device)
+    try:
+        return load(device)
+    except OSError as error:  # a user without a home folder, or with somebody else's
+        _log.warning("what `gdn2 selftest` found is not known: %s", error)
+        return Verdict()
 
 
 def _read() -> dict[str, Any]:
