@@ -17,6 +17,7 @@ from gdn2.layers.state import (
     check_memory_dtype,
     overwrite,
     state_bytes,
+    state_rows,
     wide_memory,
     with_memory,
     with_room,
@@ -116,6 +117,12 @@ class DecodeStep:
             state = with_room(state, self.room or 0)
         for block, new in zip(self.state, state):
             overwrite([tensor[row : row + 1] for tensor in block], new)
+
+    @torch.inference_mode()
+    def take(self, row: int, length: int) -> Any:
+        """A copy of a row's state, which has read `length` tokens; of full attention without the room beyond them."""
+        state = state_rows(self.state, torch.tensor([row], device=self.device))  # an index copies
+        return with_room(state, length) if self._full else state
 
     @torch.inference_mode()
     def load(self, state: Any) -> None:

@@ -104,6 +104,22 @@ def test_room_of_full_attention_follows_the_longest_text():
     assert engine._step.room == LEAST_ROOM
 
 
+def test_kept_state_of_full_attention_has_no_room_beyond_its_tokens():
+    model = small_model(**MODELS["full"]).double()
+    cache = PrefixCache(2**30, block=64)
+    engine = Engine(model, BYTES, slots=2, chunk=64, cache=cache)
+    long, short = Request(prompt(200), 100, temperature=0), Request([1, 2], 6, temperature=0)
+    engine.submit(long)
+    (text,) = engine.complete([short])
+    read = [1, 2, *text.tokens[:-1]]
+    tokens, state = cache.find(read)
+    assert list(tokens) == read
+    assert state[1].keys.shape[1] == len(read) < engine._step.room
+    longer = Request([*read, 7, 8], 4, temperature=0)
+    (more,) = engine.complete([longer])
+    assert more.tokens == alone(model, longer)
+
+
 def texts_of(model, stops, n=40, temperature=0.0):
     engine = Engine(model, BYTES, slots=2, chunk=8)
     numbers = [engine.submit(Request(p, n, temperature, seed=1, stop_strings=stops)) for p in PROMPTS[:2]]

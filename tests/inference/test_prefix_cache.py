@@ -62,6 +62,12 @@ def test_bytes_are_within_the_capacity_and_return_to_none():
     assert not cache._rests
 
 
+def test_state_before_the_first_token_needs_no_place():
+    cache = PrefixCache(100)
+    cache.store((), None)  # the snapshot of a session that has read nothing
+    assert (len(cache), cache.find([1])) == (0, None)
+
+
 def test_row_of_a_batch_does_not_keep_the_batch_alive():
     batch = torch.zeros(1000, 4)
     cache = PrefixCache(2**20)

@@ -89,6 +89,16 @@ def test_stop_strings_are_not_part_of_the_text(live, client):
         assert (choice.text, choice.finish_reason) == (text[: text.index(stop)], "stop")
 
 
+def test_offsets_are_those_of_the_text_whatever_is_held_back_for_a_stop_string(live, client):
+    ask = GREEDY | {"prompt": "ab", "max_tokens": 30, "logprobs": 0}
+    (plain,) = client.completions.create(**ask).choices
+    # Of it all but the last character comes, so that the text is held back and then let go.
+    (held,) = client.completions.create(**ask, stop=plain.text[3:9] + "\0").choices
+    assert held.text == plain.text
+    assert held.logprobs.text_offset == plain.logprobs.text_offset
+    assert plain.logprobs.text_offset[-1] > 20
+
+
 @torch.no_grad()
 @pytest.mark.parametrize("new", [0, 1, 4])
 def test_echo_has_the_log_probabilities_of_the_prompt(live, client, new):

@@ -75,6 +75,44 @@ def test_signal_ends_it_once_what_runs_and_waits_is_answered_to_keys_of_the_envi
         process.stderr.close()
 
 
+@pytest.mark.parametrize("second", [signal.SIGTERM, signal.SIGINT, None], ids=["SIGTERM", "SIGINT", "grace"])
+def test_what_is_given_up_is_told_so_and_nothing_is_thrown(tmp_path, second):
+    model = small_model()
+    with torch.no_grad():
+        model.head.weight[256] = 0  # never the likeliest: the text has no end
+    save_run(tmp_path / "first", model)
+    grace = ("--grace", "1") if second is None else ()
+    process, url = start(tmp_path / "first", "--max-tokens", "1000000", *grace)
+    try:
+        ask, answers = {"prompt": "ab", "max_tokens": 1_000_000, "temperature": 0}, {}
+
+        def work(stream):
+            answers[stream] = httpx.post(f"{url}/v1/completions", json=ask | {"stream": stream}, timeout=60)
+
+        threads = [threading.Thread(target=work, args=(stream,)) for stream in (True, False)]
+        for thread in threads:
+            thread.start()
+        while b"gdn2_active_requests 2.0" not in httpx.get(f"{url}/metrics").content:
+            time.sleep(0.1)
+        process.send_signal(signal.SIGTERM)
+        if second is not None:
+            time.sleep(0.3)
+            assert all(thread.is_alive() for thread in threads)
+            process.send_signal(second)
+        for thread in threads:
+            thread.join()
+        assert process.wait(20) == 0
+        assert (answers[False].status_code, answers[False].json()["error"]["code"]) == (503, "stopping")
+        *_, error, done, end = answers[True].text.split("\n\n")
+        assert json.loads(error.removeprefix("data: "))["error"]["code"] == "stopping"
+        assert (done, end) == ("data: [DONE]", "")
+        assert "Traceback" not in process.stderr.read()
+    finally:
+        process.kill()
+        process.wait()
+        process.stderr.close()
+
+
 def test_model_is_kept_in_what_is_asked_for(run):
     folder, _ = run
     process, url = start(folder, "--weights", "int8", "--memories", "bfloat16")

@@ -22,7 +22,6 @@ from gdn2.decoding import DecodeStep, likeliest_tokens
 from gdn2.generate import StopStrings, TextStream, sample_tokens
 from gdn2.inference.prefix_cache import PrefixCache
 from gdn2.inference.session import Session, Snapshot
-from gdn2.layers.state import state_rows
 from gdn2.model import LanguageModel
 
 
@@ -141,7 +140,6 @@ class Engine:
         if cache is not None and cache.block != chunk:
             raise ValueError(f"chunk is {chunk} and the cache's block {cache.block}; expected the same")
         self.model, self.tokenizer, self.chunk, self.cache = model, tokenizer, chunk, cache
-        self._device = next(model.parameters()).device
         self._slots: list[_Running | None] = [None] * slots
         self._step = DecodeStep(model, slots, graph, memory_dtype)
         self._fresh = model.initial_state(1)
@@ -326,8 +324,7 @@ class Engine:
             read = [*text.request.prompt, *text.new]
             if token is not None:
                 read.pop()  # chosen, never read
-            row = torch.tensor([slot], device=self._device)  # an index copies: the slot is written over below
-            self.cache.store(read, state_rows(self._step.state, row))
+            self.cache.store(read, self._step.take(slot, len(read)))
         self._release(slot)
         rest = text.stop.feed(text.stream.flush()) + text.stop.flush()
         return Event(text.id, token, piece + rest, score, finish, _take(text.prompt_scores))

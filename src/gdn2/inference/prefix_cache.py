@@ -47,11 +47,10 @@ class PrefixCache:
         return len(self._states)
 
     def store(self, tokens: Sequence[int], state: Any) -> None:
-        """Keep the state [one row] after `tokens`; a state larger than the whole cache is not kept."""
-        state = own_state(state)
-        size = state_bytes(state)
-        if size > self.capacity or not tokens:
+        """Keep the state [one row] after `tokens`; none after no tokens, and none larger than the whole cache."""
+        if not tokens or (size := state_bytes(state)) > self.capacity:
             return
+        state = own_state(state)
         *_, prefix = self._prefixes(tokens)
         if prefix in self._states:
             self._drop(prefix)

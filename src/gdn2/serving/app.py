@@ -36,7 +36,7 @@ def _fails(*statuses: int) -> dict[int | str, dict[str, Any]]:
     return {status: {"model": ErrorBody} for status in statuses}
 
 
-ASKED = _fails(400, 401, 404, 408, 413, 429, 500, 504)
+ASKED = _fails(400, 401, 404, 408, 413, 429, 500, 503, 504)
 EVENT = {"type": "object", "required": ["data"], "properties": {"data": {"type": "string"}}}
 STREAMED = {"text/event-stream": {"schema": EVENT}}
 PLAIN: dict[int | str, dict[str, Any]] = {200: {"content": {"text/plain": {"schema": {"type": "string"}}}}}

@@ -81,7 +81,8 @@ class _Choice:
         self.tokenizer, self.prompt, self.scored = tokenizer, prompt, body.logprobs is not None
         text = given if isinstance(given, str) else tokenizer.decode(given)
         self.echo = text if body.echo else None
-        self.length = 0  # characters so far
+        self.offset = 0  # characters before the next token, also of such as are held back for a stop string
+        self.stream = tokenizer.stream()
         self.new = 0  # tokens so far
 
     def add(self, event: Event, shown: bool) -> dict[str, Any]:
@@ -91,14 +92,14 @@ class _Choice:
             text, self.echo = self.echo, None
             if self.scored:
                 self._add_prompt(event.prompt_scores, logprobs)
-            self.length = len(text)
+            self.offset = len(text)
         if shown:
             self.new += event.token is not None
             text += event.text
             if self.scored and event.score is not None:
                 token = self.tokenizer.end_of_text if event.token is None else event.token
-                logprobs.add(self.tokenizer, token, event.score, self.length)
-            self.length += len(event.text)
+                logprobs.add(self.tokenizer, token, event.score, self.offset)
+                self.offset += len(self.stream.feed(token))
         finish = event.finish if shown or event.finish is None else "length"
         return {"text": text, "logprobs": vars(logprobs) if self.scored else None, "finish_reason": finish}
 

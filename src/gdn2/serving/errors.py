@@ -50,6 +50,11 @@ def respond(
     return JSONResponse(body_of(status, message, param, code), status, headers)
 
 
+def stopping() -> tuple[int, dict[str, Any]]:
+    """Status and body for a request that the end of the server leaves unanswered."""
+    return 503, body_of(503, "the server stops before the answer is there", code="stopping")
+
+
 def described(error: Exception) -> tuple[int, dict[str, Any]]:
     """Status and body for an error that ends an answer which has already begun."""
     if isinstance(error, TimeoutError):

@@ -10,9 +10,10 @@ from collections.abc import Callable
 
 from starlette.datastructures import Headers
 from starlette.exceptions import HTTPException
+from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from gdn2.serving.errors import respond
+from gdn2.serving.errors import respond, stopping
 from gdn2.serving.settings import ServerSettings
 
 log = logging.getLogger("gdn2.serving")
@@ -69,12 +70,24 @@ class Gate:
                 message = f"more than {self.settings.rate} requests a minute; try again in {seconds} s"
                 answer = respond(429, message, code="rate_limit_exceeded", headers={"Retry-After": str(seconds)})
                 return await answer(scope, receive, send)
+        begun = False
+
+        async def noted(message: Message) -> None:
+            nonlocal begun
+            begun = True
+            await send(message)
+
         try:
-            await self.app(scope, self._limited(receive), self._patient(send))
+            await self.app(scope, self._limited(receive), self._patient(noted))
         except StalledError:
             self.rejected("stalled")
             log.info("a client did not take its answer within %s s", self.settings.send_timeout)
             raise
+        except asyncio.CancelledError:  # the server ends
+            if begun:
+                raise
+            status, body = stopping()
+            await JSONResponse(body, status)(scope, receive, send)
         return None
 
     def _limited(self, receive: Receive) -> Receive:

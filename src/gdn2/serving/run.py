@@ -3,6 +3,7 @@
 import signal
 import socket
 from collections.abc import Callable
+from types import FrameType
 
 import uvicorn
 from starlette.types import ASGIApp
@@ -11,7 +12,7 @@ KEEP_ALIVE = 30  # seconds that an idle connection is kept
 
 
 class _Server(uvicorn.Server):
-    """Tells when it accepts requests."""
+    """Tells when it accepts requests, and gives up those that run at a second signal, whichever it is."""
 
     def __init__(self, config: uvicorn.Config, ready: Callable[[], None]) -> None:
         super().__init__(config)
@@ -21,6 +22,14 @@ class _Server(uvicorn.Server):
         await super().startup(sockets)
         if self.started:
             self._ready()
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        # uvicorn's own way takes no second SIGTERM, and leaves requests and the engine without an end.
+        if self.should_exit:
+            for task in list(self.server_state.tasks):
+                task.cancel()
+        else:
+            super().handle_exit(sig, frame)
 
 
 def make_server(app: ASGIApp, grace: int, connections: int, ready: Callable[[], None]) -> uvicorn.Server:
@@ -49,7 +58,7 @@ def make_server(app: ASGIApp, grace: int, connections: int, ready: Callable[[], 
 
 
 def serve(app: ASGIApp, host: str, port: int, grace: int, connections: int, ready: Callable[[str], None]) -> None:
-    """Serve until SIGTERM or SIGINT, then finish what runs; a second signal ends it at once.
+    """Serve until SIGTERM or SIGINT, then finish what runs; a second signal, or the end of `grace`, gives it up.
 
     Args:
         port: 0 takes a free one.

@@ -2,14 +2,14 @@
 
 import asyncio
 import json
-from collections.abc import AsyncGenerator, Coroutine
-from contextlib import aclosing, suppress
+from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine
+from contextlib import aclosing
 from typing import Any, TypeVar
 
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
-from gdn2.serving.errors import described
+from gdn2.serving.errors import described, stopping
 from gdn2.serving.worker import Job
 
 Result = TypeVar("Result")
@@ -52,19 +52,24 @@ class EventStream(Response):
         self.job, self.events = job, events
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        with self.job, suppress(ClientGoneError):
-            await unless_gone(receive, self._send(send))
-
-    async def _send(self, send: Send) -> None:
         async def say(data: str, more: bool = True) -> None:
             body = f"data: {data}\n\n".encode()
             await send({"type": "http.response.body", "body": body, "more_body": more})
 
-        await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
+        with self.job:
+            await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
+            try:
+                await unless_gone(receive, self._tell(say))
+            except ClientGoneError:
+                return
+            except asyncio.CancelledError:
+                await say(json.dumps(stopping()[1]))
+            await say("[DONE]", more=False)
+
+    async def _tell(self, say: Callable[[str], Awaitable[None]]) -> None:
         async with aclosing(self.events) as events:
             try:
                 async for event in events:
                     await say(json.dumps(event, ensure_ascii=False, separators=(",", ":")))
             except (TimeoutError, ValueError, RuntimeError) as error:
                 await say(json.dumps(described(error)[1]))
-        await say("[DONE]", more=False)
