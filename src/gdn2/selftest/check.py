@@ -31,7 +31,7 @@ from gdn2.selftest.compare import relative, with_gradients, worst
 # Relative L2 of outputs and of gradients, twice what rounding explains; wrong kernels were off by a tenth and more. The
 # products around the operator of a layer round too.
 BOUNDS = {"float32": (1e-5, 5e-5), "bfloat16": (1e-2, 2e-2), "float16": (1e-2, 2e-2)}
-LAYER_BOUNDS = {"float32": (1e-5, 5e-5), "bfloat16": (3e-2, 5e-2), "float16": (3e-2, 5e-2)}
+LAYER_BOUNDS = {"float32": (1e-5, 5e-5), "bfloat16": (3e-2, 5e-2), "float16": (3e-2, 8e-2)}
 TIMEOUT = 600  # seconds for a case, compilation included
 # Lengths, for the narrow tiles of a scan and for the wide ones; both are of several chunks.
 LONG, MANY = [130, 0, 70, 1], [130, 0, 70, *[7, 0, 3, 9, 1, 5] * 5]
