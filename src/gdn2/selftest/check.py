@@ -29,7 +29,7 @@ from gdn2.selftest import parts
 from gdn2.selftest.compare import relative, with_gradients, worst
 
 # Relative L2 of outputs and of gradients, twice what rounding explains; wrong kernels were off by a tenth and more. The
-# products around the operator of a layer round too.
+# products around the operator of a layer round too; a float16 layer's gradients were off by 3.9e-2 on an H100.
 BOUNDS = {"float32": (1e-5, 5e-5), "bfloat16": (1e-2, 2e-2), "float16": (1e-2, 2e-2)}
 LAYER_BOUNDS = {"float32": (1e-5, 5e-5), "bfloat16": (3e-2, 5e-2), "float16": (3e-2, 8e-2)}
 TIMEOUT = 600  # seconds for a case, compilation included
@@ -226,18 +226,23 @@ def _token_errors(case: Case, device: torch.device) -> dict[str, float]:
     return {"one token's o": relative(o, right_o, 2), "one token's state": relative(after, right_state, 1)}
 
 
+def judge(case: Case | StepCase | LayerCase, output: float, gradient: float, which: str) -> str:
+    """Why errors as from `measure` are too large for a case, or ""."""
+    bounds = (BOUNDS if isinstance(case, Case) else LAYER_BOUNDS)[case.dtype]
+    if not output <= bounds[0]:
+        return f"outputs are off by {output:.1e}, {bounds[0]:.0e} are allowed"
+    if not gradient <= bounds[1]:
+        return f"{which} is off by {gradient:.1e}, {bounds[1]:.0e} are allowed"
+    return ""
+
+
 def find(number: int, shared: int, run: Callable[[int], tuple[float, float, str]]) -> Finding:
     """What `run` says of case `number`; a case that fails to end is wrong."""
     case, start = CASES[number], time.perf_counter()
     output = gradient = None
     try:
-        output, gradient, worst = run(number)
-        bounds = (BOUNDS if isinstance(case, Case) else LAYER_BOUNDS)[case.dtype]
-        wrong = ""
-        if not output <= bounds[0]:
-            wrong = f"outputs are off by {output:.1e}, {bounds[0]:.0e} are allowed"
-        elif not gradient <= bounds[1]:
-            wrong = f"{worst} is off by {gradient:.1e}, {bounds[1]:.0e} are allowed"
+        output, gradient, which = run(number)
+        wrong = judge(case, output, gradient, which)
     except subprocess.SubprocessError as error:
         wrong = str(error)
     return Finding(number, case.name(shared), str(case), output, gradient, wrong, time.perf_counter() - start)
@@ -245,7 +250,13 @@ def find(number: int, shared: int, run: Callable[[int], tuple[float, float, str]
 
 def _in_a_process(number: int) -> tuple[float, float, str]:
     """`measure` case `number` in a process of its own. SubprocessError when it does not end well."""
-    command = [sys.executable, "-m", "gdn2.selftest.check", str(number)]
+    output, gradient, which = json.loads(last_line("gdn2.selftest.check", str(number)))
+    return float(output), float(gradient), str(which)
+
+
+def last_line(module: str, argument: str) -> str:
+    """What `python -m module argument` prints last. SubprocessError when it fails or does not end."""
+    command = [sys.executable, "-m", module, argument]
     # Several run at a time: with a thread for every core in each they would wait for one another.
     environment = {"OMP_NUM_THREADS": "1", **os.environ}
     try:
@@ -255,8 +266,7 @@ def _in_a_process(number: int) -> tuple[float, float, str]:
     if done.returncode != 0:
         said = (done.stderr.strip() or f"ended with {done.returncode}").splitlines()[-1]
         raise subprocess.SubprocessError(said[:300])
-    output, gradient, worst = json.loads(done.stdout.splitlines()[-1])
-    return float(output), float(gradient), str(worst)
+    return (done.stdout.splitlines() or [""])[-1]
 
 
 def processes(jobs: int | None) -> int:

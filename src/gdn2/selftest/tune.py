@@ -7,7 +7,6 @@ together; what they are together is held to every case of the self-test that wou
 """
 
 import json
-import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterable, Iterator
@@ -112,13 +111,6 @@ class Work:
     dtype: str
     size: int
 
-    def check(self, config: Config, case: check.Case, device: torch.device) -> None:
-        """ValueError when errors are beyond the self-test's bounds."""
-        output, gradient, worst = check.measure(case, device, {self.name: config})
-        bounds = check.BOUNDS[self.dtype]
-        if not (output <= bounds[0] and gradient <= bounds[1]):
-            raise ValueError(f"outputs are off by {output:.1e}, {worst} by {gradient:.1e}")
-
     def times(self, device: torch.device) -> Callable[[Config, Config], tuple[float, float]]:
         """Milliseconds, forward and backward, of two configurations in turns; the least of several."""
         dtype = getattr(torch, self.dtype)
@@ -167,26 +159,17 @@ def _raced(work: Work, config: Config, tried: list[tuple[str, Any]]) -> tuple[Co
 
 
 def _in_a_process(what: str, work: Work, config: Config, **more: Any) -> str:
-    """The last line that it prints. SubprocessError when it fails or does not end."""
-    argument = json.dumps({"what": what, "work": asdict(work), "config": asdict(config), **more})
-    command = [sys.executable, "-m", "gdn2.selftest.tune", argument]
-    environment = {"OMP_NUM_THREADS": "1", **os.environ}
-    try:
-        done = subprocess.run(
-            command, capture_output=True, text=True, timeout=check.TIMEOUT, check=False, env=environment
-        )
-    except subprocess.TimeoutExpired:
-        raise subprocess.SubprocessError(f"no end within {check.TIMEOUT} s") from None
-    if done.returncode != 0:
-        raise subprocess.SubprocessError((done.stderr.strip() or "failed").splitlines()[-1][:200])
-    return (done.stdout.splitlines() or [""])[-1]
+    argument = {"what": what, "work": asdict(work), "config": asdict(config), **more}
+    return check.last_line("gdn2.selftest.tune", json.dumps(argument))
 
 
 def main() -> None:
     x = json.loads(sys.argv[1])
     work, config, device = Work(**x["work"]), Config.of(x["config"]), torch.device("cuda")
     if x["what"] == "check":
-        work.check(config, check.Case(**x["case"]), device)
+        case = check.Case(**x["case"])
+        if wrong := check.judge(case, *check.measure(case, device, {work.name: config})):
+            sys.exit(wrong)
     else:
         best, lines = race(work.times(device), config, [(kernel, tuple(value)) for kernel, value in x["tried"]])
         print(json.dumps([asdict(best), lines]))

@@ -42,6 +42,10 @@ def call():
     return gated_delta_rule_2(q, k, v, None, None, None, backend="triton")[0]
 
 
+def keep(verdict):
+    verdicts.update(DEVICE, lambda _: verdict)
+
+
 def found(run, number=0):
     return selftest.find(number, tables.H100_SHARED, run)
 
@@ -119,13 +123,13 @@ def test_a_case_that_crashes_or_is_not_a_number_is_wrong():
 
 def test_what_was_found_wrong_is_refused_from_then_on(empty_cache):
     call()
-    verdicts.save(DEVICE, verdicts.Verdict(True, {NAME: "d k is off by 0.54"}))
+    keep(verdicts.Verdict(True, {NAME: "d k is off by 0.54"}))
     configs.plan.cache_clear()
     with pytest.raises(ValueError, match=r"'float32, heads up to 128' are wrong on this GPU.*d k is off by 0\.54"):
         call()
     with configs.using({}):  # the self-test itself
         call()
-    verdicts.save(DEVICE, verdicts.Verdict(True))
+    keep(verdicts.Verdict(True))
     configs.plan.cache_clear()
     call()
     assert len(json.loads((empty_cache / "kernels.json").read_text())) == 1
@@ -133,13 +137,13 @@ def test_what_was_found_wrong_is_refused_from_then_on(empty_cache):
 
 def test_tuned_configurations_are_used():
     config = replace(tables.INTERPRETED, chunk=32)
-    verdicts.save(DEVICE, verdicts.Verdict(tuned={NAME: config}))
+    keep(verdicts.Verdict(tuned={NAME: config}))
     configs.plan.cache_clear()
     assert configs.plan(torch.float32, DEVICE, 1, 16, 1, 16)[0] == config
 
 
 def test_another_version_of_triton_has_no_verdict(monkeypatch):
-    verdicts.save(DEVICE, verdicts.Verdict(True, {NAME: "wrong"}))
+    keep(verdicts.Verdict(True, {NAME: "wrong"}))
     monkeypatch.setattr(verdicts.triton, "__version__", "0")
     assert verdicts.load(DEVICE) == verdicts.Verdict()
 
@@ -168,7 +172,7 @@ def test_trials_change_one_kernel_each():
 
 def test_tuning_keeps_what_is_right_and_faster(monkeypatch):
     refused = "float32, heads up to 256"
-    verdicts.save(DEVICE, verdicts.Verdict(True, {refused: "d k is off by 0.54"}))
+    keep(verdicts.Verdict(True, {refused: "d k is off by 0.54"}))
     (_, _, config), *_ = tables.CONFIGS[2]
     monkeypatch.setattr(
         tune, "named_config", lambda dtype, K, V, shared: (configs.named_config(dtype, K, V)[0], config)
@@ -230,7 +234,7 @@ def test_winners_that_are_wrong_together_in_any_case_are_not_kept(monkeypatch):
 def test_the_selftest_checks_what_was_tuned_and_drops_what_is_wrong(monkeypatch, capsys):
     monkeypatch.setattr(verdicts, "_key", lambda device: "a GPU")
     tuned = {NAME: tables.INTERPRETED, "another": tables.INTERPRETED}
-    verdicts.save(DEVICE, verdicts.Verdict(tuned=tuned))
+    keep(verdicts.Verdict(tuned=tuned))
     monkeypatch.setattr(selftest, "measure", lambda case, device, configs: list(configs))
     monkeypatch.setattr(sys, "argv", ["check", "0"])
     selftest.main()

@@ -58,11 +58,6 @@ def load(device: torch.device) -> Verdict:
         raise ValueError(f"{path()} is not from `gdn2 selftest` ({error}); delete it and run that again") from None
 
 
-def save(device: torch.device, verdict: Verdict) -> None:
-    """As `update`, whatever the verdict was."""
-    update(device, lambda _: verdict)
-
-
 def update(device: torch.device, change: Callable[[Verdict], Verdict]) -> None:
     """Make of the verdict for this device what `change` makes of it. Those of others stay.
 
