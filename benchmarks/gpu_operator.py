@@ -1,6 +1,6 @@
 """How fast and how exact are the Triton kernels on this GPU? Ours, beside fla 0.6.0 on request, in one run.
 
-    python benchmarks/gpu_operator.py [--fla] [--json FILE]
+    python benchmarks/gpu_operator.py [--fla] [--what time decode length error] [--json FILE]
 
 bfloat16 operands with float32 log-decay, keys and queries normalised before. Times are medians, in milliseconds a
 call, of ten calls in a row between two CUDA events, as in training, where the host runs ahead. The floor is each input
@@ -25,6 +25,7 @@ SHAPES = [(8, 2048, 16, 128), (4, 4096, 16, 128), (2, 8192, 16, 128), (1, 16384,
 LENGTHS = [4096, 16384, 65536, 262144]
 DECODE_BATCHES = (1, 8, 64, 256)
 CALLS = 10
+KINDS = ("time", "decode", "length", "error")
 
 
 def median_ms(call, warm=0.3, rounds=9, calls=CALLS):
@@ -160,35 +161,35 @@ def decode(label, step, B, H=16, D=128):
     }  # fmt: skip
 
 
-def rows(with_fla):
+def rows(with_fla, what):
     rate = copy_rate()
     yield {"what": "device", "name": torch.cuda.get_device_name(), "torch": torch.__version__, "copy_TBps": rate / 1e12}
-    ours, tied = peers.ours(), peers.ours_tied()
-    yield from (timed(peer, shape, rate) for peer in (ours, tied) for shape in SHAPES)
-    yield from (decode("gdn2", peers.our_step, B) for B in DECODE_BATCHES)
-    yield from (length(T, heads) for heads in (16, 4) for T in LENGTHS)
-    for kind, options in INPUTS.items():
-        yield from errors([ours], kind, torch.float32, **options)
-    if not with_fla:
+    ours = peers.ours()
+    if "time" in what:
+        yield from (timed(peer, shape, rate) for peer in (ours, peers.ours_tied()) for shape in SHAPES)
+    if "decode" in what:
+        yield from (decode("gdn2", peers.our_step, B) for B in DECODE_BATCHES)
+    if "length" in what:
+        yield from (length(T, heads) for heads in (16, 4) for T in LENGTHS)
+    if with_fla and "time" in what:
+        yield from (timed(peer, shape, rate) for peer in (peers.fla(), peers.fla_tied()) for shape in SHAPES)
+    if with_fla and "decode" in what:
+        yield from (decode("fla 0.6.0 fused_recurrent_gdn2", peers.fla_step, B) for B in DECODE_BATCHES)
+    if "error" in what:
+        both = [ours, peers.fla()] if with_fla else [ours]
         for kind, options in INPUTS.items():
-            yield from errors([ours], kind, **options)
-        return
-    other = peers.fla()
-    yield from (timed(other, shape, rate) for shape in SHAPES)
-    other_tied = peers.fla_tied()
-    yield from (timed(other_tied, shape, rate) for shape in SHAPES)
-    yield from (decode("fla 0.6.0 fused_recurrent_gdn2", peers.fla_step, B) for B in DECODE_BATCHES)
-    for kind, options in INPUTS.items():
-        yield from errors([ours, other], kind, **options)
+            yield from errors([ours], kind, torch.float32, **options)
+            yield from errors(both, kind, **options)
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--fla", action="store_true", help="time flash-linear-attention beside ours")
+    parser.add_argument("--what", nargs="+", choices=KINDS, default=KINDS, help="kinds of rows to measure; else all")
     parser.add_argument("--json", type=Path, help="write the rows here too")
     args = parser.parse_args()
     kept = []
-    for row in rows(args.fla):
+    for row in rows(args.fla, args.what):
         print(json.dumps(row), flush=True)
         kept.append(row)
         torch.cuda.empty_cache()

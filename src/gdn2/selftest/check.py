@@ -29,7 +29,8 @@ from gdn2.selftest import parts
 from gdn2.selftest.compare import relative, with_gradients, worst
 
 # Relative L2 of outputs and of gradients, twice what rounding explains; wrong kernels were off by a tenth and more. The
-# products around the operator of a layer round too; a float16 layer's gradients were off by 3.9e-2 on an H100.
+# products around the operator of a layer round too. Its worst gradient is that of the decay's rate, 3.9e-2 on an H100:
+# one number a head, the sum of all tokens' and channels' shares, which nearly cancel; all others are below 1.4e-2.
 BOUNDS = {"float32": (1e-5, 5e-5), "bfloat16": (1e-2, 2e-2), "float16": (1e-2, 2e-2)}
 LAYER_BOUNDS = {"float32": (1e-5, 5e-5), "bfloat16": (3e-2, 5e-2), "float16": (3e-2, 8e-2)}
 TIMEOUT = 600  # seconds for a case, compilation included
