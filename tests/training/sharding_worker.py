@@ -22,6 +22,7 @@ from gdn2.training.step import accumulate_gradients
 RANK, SIZE = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
 KIND = sys.argv[2]
 DEVICE = torch.device(KIND, RANK) if KIND == "cuda" else torch.device("cpu")
+UNSURE = ("decay.rate", "decay.delta")  # a number for a head and one for a channel, of all tokens' shares
 SCENARIOS = {
     2: {
         "fsdp": {},
@@ -100,8 +101,8 @@ def check(config, precision, tolerance, mode):
         for (name, a), b in zip(one.named_parameters(), many.parameters()):
             assert full(b.grad).dtype == torch.float32
             gap = float((full(b.grad) - a.grad).abs().max() / a.grad.abs().max())
-            # A decay's rate is one number a head: all tokens' and channels' shares, which nearly cancel, each rounded.
-            if not gap <= tolerance * (10 if name.endswith("decay.rate") and KIND == "cuda" else 1):
+            # What these have summed up nearly cancels, and what is left is rounding of other sums.
+            if not gap <= tolerance * (5 if name.endswith(UNSURE) and KIND == "cuda" else 1):
                 gaps[name] = gap
         assert not gaps, (config.parallel, precision, gaps)
         norms = [float(torch.nn.utils.clip_grad_norm_(one.parameters(), 0.5)), clip_gradients(many, 0.5, ranks)]
