@@ -6,6 +6,8 @@ from html.parser import HTMLParser
 import pytest
 
 from gdn2.cli import main
+from gdn2.report.runs import groups_of, overview
+from gdn2.report.sources import read_sources
 from gdn2.report.svg import Series, heat, lines, nice_ticks, short
 from gdn2.report.write import write_report
 
@@ -103,6 +105,20 @@ def test_command_writes_one_file_and_names_it(make_run, tmp_path, capsys, monkey
             main(["report", *arguments])
         assert left.value.code == 2
         assert message in capsys.readouterr().err
+
+
+def test_a_run_without_metrics_and_repetitions_of_a_seed_are_told_apart(make_run, tmp_path):
+    make_run("begun", mixer="kda")
+    (tmp_path / "runs" / "begun" / "metrics.jsonl").write_text("")
+    for name, seed, bits in (("a", 0, 2.0), ("b", 1, 2.2), ("c", 0, 2.4)):
+        make_run(name, seed=seed, bits=bits)
+    found = {row[0]: row for row in overview(groups_of(read_sources([tmp_path / "runs"]).runs)).rows}
+    assert set(found) == {"begun", "a and 1 more seeds", "c"}
+    assert found["a and 1 more seeds"][1] == "2.1000 ± 0.1414"
+    assert found["c"][1] == "2.4000"
+    assert found["begun"][1] == found["begun"][6] == "–"
+    html = write_report([tmp_path / "runs"], tmp_path / "report.html").read_text()
+    assert "begun" in html
 
 
 def test_the_memory_of_gated_deltanet_2_is_looked_into_before_others(make_run, tmp_path):

@@ -1,7 +1,8 @@
 """Runs side by side: what they are, how they ended, what `gdn2 eval` found; runs that differ in their seed alone as
-one, with mean and deviation.
+one, with mean and deviation. Repetitions with the same seed and settings stand apart: they are no spread over seeds.
 """
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
@@ -29,9 +30,11 @@ class Group:
 
 def groups_of(runs: Sequence[Run]) -> list[Group]:
     """In the order of their first runs. A group of one run has its name."""
-    found: dict[RunConfig, list[Run]] = {}
+    found: dict[tuple[RunConfig, int], list[Run]] = {}
+    times: Counter[RunConfig] = Counter()
     for run in runs:
-        found.setdefault(replace(run.config, seed=0), []).append(run)
+        found.setdefault((replace(run.config, seed=0), times[run.config]), []).append(run)
+        times[run.config] += 1
     return [
         Group(mine[0].name if len(mine) == 1 else f"{mine[0].name} and {len(mine) - 1} more seeds", tuple(mine))
         for mine in found.values()
@@ -54,12 +57,17 @@ def overview(groups: Sequence[Group]) -> Table:
                 kind_of(config),
                 f"{parameters:,}",
                 f"{config.optim.lr:g}",
-                f"{max(row['tokens'] for run in group.runs for row in run.metrics):,}",
+                _tokens(group),
                 str(len(group.runs)),
                 _last(group, "train", "tokens_per_second", 0),
             )
         )
     return Table("Runs, and their last validation", heads, tuple(rows))
+
+
+def _tokens(group: Group) -> str:
+    read = [row["tokens"] for run in group.runs for row in run.metrics]
+    return f"{max(read):,}" if read else NONE  # a run that has just begun has no metrics
 
 
 def kind_of(config: RunConfig) -> str:
