@@ -1,5 +1,6 @@
 """The report in a browser and as text: it holds what was measured, asks nobody, fits phones, and trusts no name."""
 
+import json
 import re
 from html.parser import HTMLParser
 
@@ -131,6 +132,22 @@ def test_the_memory_of_gated_deltanet_2_is_looked_into_before_others(make_run, t
     chosen = [tmp_path / "runs" / "a-kda", tmp_path / "runs" / "c-gdn2"]
     html = write_report([tmp_path / "runs"], tmp_path / "report.html", chosen).read_text()
     assert html.index("Memory of a-kda") < html.index("Memory of c-gdn2")
+
+
+def test_a_mixer_looks_the_same_in_every_picture_and_each_picture_names_its_text(experiments, tmp_path):
+    rows = [json.loads(line) for line in (experiments / "language.jsonl").read_text().splitlines()]
+    other = [row | {"key": f"other {row['key']}", "corpus": {"train_sha256": "fedcba987"}} for row in rows]
+    other = [row for row in other if row["mixer"] == "kda"]  # alone, so that its place among the lines is another
+    (experiments / "other.jsonl").write_text("".join(json.dumps(row) + "\n" for row in other))
+    html = write_report([experiments], tmp_path / "report.html").read_text()
+    in_list = r'class="line (c\d)" stroke-dasharray="([^"]*)"/>\n<(\w+)[^>]*class="mark (c\d)"[^>]*>\n<text[^>]*>kda<'
+    styles = re.findall(in_list, html)
+    assert len(styles) == 3  # accuracy by load, and the curves of two texts
+    assert len(set(styles)) == 1
+    for name in ("figcaption", "summary"):
+        titles = re.findall(rf"<{name}>(.*?)</{name}>", html)
+        about = [title for title in titles if "tokens each" in title]
+        assert len(about) == len(set(about)) >= 2, about
 
 
 def test_pictures_hold_for_what_is_missing_or_the_same():

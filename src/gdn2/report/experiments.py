@@ -144,7 +144,7 @@ def language_tables(entries: Sequence[Entry]) -> list[Table]:
     tables = []
     for text, tokens in dict.fromkeys(entry.group[:2] for entry in entries):
         mine = in_order([entry for entry in entries if entry.group[:2] == (text, tokens)])
-        title = f"text {str(text)[:8]}, {tokens:,} tokens each"
+        title = language_title((text, tokens))
         places = [f"windows of {int(length):,}" for length in mine[0].first["language"]]
         columns = [[[bits(row)[i] for row in entry.rows] for entry in mine] for i in range(len(places))]
         tables.append(_language_table(f"Bits per byte of held-out files; {title}", mine, places, columns, 4))
@@ -163,6 +163,12 @@ def language_tables(entries: Sequence[Entry]) -> list[Table]:
             lambda entry: f"{entry.group[2]} {entry.mixer}",
         )
     return tables
+
+
+def language_title(group: tuple[Any, ...]) -> str:
+    """What the text and the length of training of a language entry's group are called."""
+    text, tokens, *_ = group
+    return f"text {str(text)[:8]}, {tokens:,} tokens each"
 
 
 def _mean_found(row: Row, task: str) -> float:
