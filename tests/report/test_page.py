@@ -7,7 +7,7 @@ from html.parser import HTMLParser
 import pytest
 
 from gdn2.cli import main
-from gdn2.report.runs import groups_of, overview
+from gdn2.report.runs import groups_of, measures, overview
 from gdn2.report.sources import read_sources
 from gdn2.report.svg import Series, heat, lines, nice_ticks, short
 from gdn2.report.write import write_report
@@ -54,7 +54,8 @@ def test_page_holds_the_numbers_and_nothing_that_was_smuggled_in(whole):
     assert "b" not in page.tags
     assert "<b onclick='x'>&amp;" in words
     for expected in (
-        "first and 1 more seeds", "2.1000 ± 0.1414", "niah_single_1 at 128, %", "75.00 ± 0.00", "lm_eval:piqa, acc",
+        "first and 1 more seeds", "2.1000 ± 0.1414", "niah_single_1 at 128, %; by depth", "75.00 ± 0.00",
+        "lm_eval:piqa, acc, texts of at most 512",
         "gdn2, hybrid", "80.0 ± 14.1", "1.6000 ± 0.1414", "Needles by depth and length",
     ):  # fmt: skip
         assert expected in words, expected
@@ -120,6 +121,18 @@ def test_a_run_without_metrics_and_repetitions_of_a_seed_are_told_apart(make_run
     assert found["begun"][1] == found["begun"][6] == "–"
     html = write_report([tmp_path / "runs"], tmp_path / "report.html").read_text()
     assert "begun" in html
+
+
+def test_numbers_that_cannot_be_compared_have_names_of_their_own():
+    perplexity = {"perplexity": 9.5, "bits_per_byte": None, "length": 512, "settings": [], "checkpoint": "step_1"}
+    assert measures({"perplexity": perplexity}) == {"perplexity, windows of 512": 9.5}
+    rounded = perplexity | {"weights": "int8", "settings": ["model.rope_factor=4"]}
+    assert measures({"perplexity": rounded}) == {"perplexity, windows of 512; int8, model.rope_factor=4": 9.5}
+    assert measures({"swde": {"percent": 5.0, "length": 2_048}, "recall": {"percent": 12.5}}) == {
+        "swde at 2,048, %": 5.0, "recall, %": 12.5,
+    }  # fmt: skip
+    drawn = {"percent": 1.0, "percent_by_length": [1.0], "lengths": [128], "depths": []}
+    assert measures({"niah_single_1": drawn}) == {"niah_single_1 at 128, %": 1.0}
 
 
 def test_the_memory_of_gated_deltanet_2_is_looked_into_before_others(make_run, tmp_path):

@@ -116,20 +116,28 @@ def evaluations(groups: Sequence[Group]) -> Table | None:
 
 
 def measures(results: dict[str, Row]) -> dict[str, float]:
-    """Plain numbers out of eval.json, by name and unit."""
+    """Plain numbers out of eval.json, by name and unit; names say all that makes two numbers incomparable: lengths,
+    rounded weights, settings of the model in place of the run's, and depths in place of drawn ones."""
     found: dict[str, float] = {}
     for task, result in results.items():
+        changed = [result["weights"]] if result.get("weights") else []
+        changed += result.get("settings", [])
+        changed += ["by depth"] if result.get("depths") else []
+        about = f"; {', '.join(changed)}" if changed else ""
         if task == "perplexity":
-            found[f"perplexity, windows of {result['length']:,}"] = result["perplexity"]
+            found[f"perplexity, windows of {result['length']:,}{about}"] = result["perplexity"]
             if result["bits_per_byte"] is not None:
-                found[f"bits per byte, windows of {result['length']:,}"] = result["bits_per_byte"]
+                found[f"bits per byte, windows of {result['length']:,}{about}"] = result["bits_per_byte"]
         elif "percent_by_length" in result:
             for length, percent in zip(result["lengths"], result["percent_by_length"]):
-                found[f"{task} at {length:,}, %"] = percent
+                found[f"{task} at {length:,}, %{about}"] = percent
         elif "percent" in result:
-            found[f"{task}, %"] = result["percent"]
+            length = f" at {result['length']:,}" if "length" in result else ""
+            found[f"{task}{length}, %{about}"] = result["percent"]
         else:  # of lm-evaluation-harness
-            found |= {f"{task}, {name}": value for name, value in result.items() if isinstance(value, float)}
+            length = f"texts of at most {result['max_length']:,}"
+            numbers = {name: value for name, value in result.items() if isinstance(value, float)}
+            found |= {f"{task}, {name}, {length}{about}": value for name, value in numbers.items()}
     return found
 
 
