@@ -116,7 +116,7 @@ def niah_samples(
 
 
 def _samples(
-    name: str, tokenizer: Tokenizer, length: int, seed: int, corpus: str | None, depth: float | None
+    name: str, tokenizer: Tokenizer, length: int, seed: int | str, corpus: str | None, depth: float | None
 ) -> Iterator[NeedleSample]:
     """`niah_samples` without end."""
     task = needle_task(name)
@@ -292,11 +292,15 @@ def needle_documents(
     n: int,
     length: int,
     tokenizer: Tokenizer,
-    seed: int,
+    seed: int | str,
     names: Sequence[str] = ("niah_single_1",),
     corpus: str | None = None,
 ) -> Iterator[str]:
-    """`n` training documents of at most `length` tokens or so: prompts of the tasks in turn, each with its answers."""
+    """`n` training documents of at most `length` tokens or so: prompts of the tasks in turn, each with its answers.
+
+    Those of an integer are the questions of `niah_samples` with the same seed, at any length, answers included: take
+    another than is asked with, or a text, which no question has.
+    """
     streams = [_samples(name, tokenizer, length + ANSWER_TOKENS, seed, corpus, None) for name in names]
     for sample in islice(chain.from_iterable(zip(*streams)), n):
         yield f"{sample.prompt} {', '.join(sample.answers)}."
