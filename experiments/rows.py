@@ -164,8 +164,12 @@ def _in_turn(settings: Sequence[Row], measure: Callable[[Row], Row], budget: Bud
 
 
 def _side_by_side(settings: Sequence[Row], measure: Callable[[Row], Row], budget: Budget, jobs: int) -> Iterator[Row]:
-    """Rows as they end, each measured in one of `jobs` processes of one thread each."""
+    """Rows as they end, each measured in one of `jobs` processes of one thread each.
+
+    Where one raises, no further row is begun, and the error is raised once those that run have ended and are given.
+    """
     ahead = deque(settings)
+    error = None
     with ProcessPoolExecutor(jobs, get_context("spawn"), torch.set_num_threads, (1,)) as pool:
         running: dict[Future[Row], float] = {}
         while ahead or running:
@@ -176,4 +180,10 @@ def _side_by_side(settings: Sequence[Row], measure: Callable[[Row], Row], budget
                 running[pool.submit(measure, ahead.popleft())] = budget.spent()
             for future in wait(running, return_when=FIRST_COMPLETED).done:
                 budget.ended(running.pop(future))
-                yield future.result()
+                if (raised := future.exception()) is None:
+                    yield future.result()
+                else:
+                    error = error or raised
+                    ahead.clear()
+    if error is not None:
+        raise error

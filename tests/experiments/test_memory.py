@@ -1,7 +1,9 @@
 """The memory experiment on a CPU: it shows learning, goes on where it stopped, and its summary compares fairly."""
 
 import json
+import time
 from dataclasses import replace
+from types import SimpleNamespace
 
 import memory
 import pytest
@@ -93,3 +95,19 @@ def test_rows_side_by_side_are_those_in_turn(tmp_path, capsys):
     for key, row in found.items():
         assert row["jobs"] == 2
         assert row["loss"] == pytest.approx(expected[key]["loss"], rel=1e-4)  # of another number of threads
+
+
+def slow_or_broken(setting):
+    """At the top of the file, for another process to find."""
+    if setting["name"] == "broken":
+        raise RuntimeError("out of memory")
+    time.sleep(setting["seconds"])
+    return {"experiment": "memory", "key": rows.key_of(setting), **setting}
+
+
+def test_a_row_that_raises_costs_none_that_is_measured_beside_it(tmp_path):
+    settings = [{"name": "slow", "seconds": 1.0}, {"name": "broken"}, {"name": "never begun", "seconds": 0.0}]
+    options = SimpleNamespace(device="cpu", jobs=2, budget_seconds=float("inf"), dry_run=False, summary=False)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        rows.work(settings, tmp_path / "rows.jsonl", options, slow_or_broken, lambda row: row["name"])
+    assert [row["name"] for row in rows.read(tmp_path / "rows.jsonl").values()] == ["slow"]
