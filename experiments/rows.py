@@ -45,14 +45,24 @@ def append(path: Path, row: Row) -> None:
 
 
 def code() -> Row:
-    """Which code measures: the version, git's commit where there is one, and a hash of the sources as they are."""
+    """Which code measures: the version, a hash of the sources as they are, and where there is git its commit, and
+    whether the sources differ from it ("changed")."""
     source = Path(gdn2.__file__).parent
     digest = hashlib.sha256()
     for path in sorted(source.rglob("*.py")):
         digest.update(str(path.relative_to(source)).encode() + path.read_bytes())
-    git = subprocess.run(["git", "rev-parse", "HEAD"], cwd=source, capture_output=True, text=True, check=False)
-    commit = git.stdout.strip() if git.returncode == 0 else None
-    return {"version": gdn2.__version__, "commit": commit, "source_sha256": digest.hexdigest()}
+    commit, changes = _git("rev-parse", "HEAD", at=source), _git("status", "--porcelain", ".", at=source)
+    changed = None if commit is None else bool(changes)
+    return {"version": gdn2.__version__, "commit": commit, "changed": changed, "source_sha256": digest.hexdigest()}
+
+
+def _git(*arguments: str, at: Path) -> str | None:
+    """What git says in a folder, None where there is no repository or no git."""
+    try:
+        said = subprocess.run(["git", *arguments], cwd=at, capture_output=True, text=True, check=False)
+    except FileNotFoundError:
+        return None
+    return said.stdout.strip() if said.returncode == 0 else None
 
 
 def machine(device: str) -> Row:

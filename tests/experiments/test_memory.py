@@ -1,6 +1,7 @@
 """The memory experiment on a CPU: it shows learning, goes on where it stopped, and its summary compares fairly."""
 
 import json
+import subprocess
 import time
 from dataclasses import replace
 from types import SimpleNamespace
@@ -95,6 +96,27 @@ def test_rows_side_by_side_are_those_in_turn(tmp_path, capsys):
     for key, row in found.items():
         assert row["jobs"] == 2
         assert row["loss"] == pytest.approx(expected[key]["loss"], rel=1e-4)  # of another number of threads
+
+
+def test_a_row_says_whether_its_code_is_that_of_its_commit(tmp_path, monkeypatch):
+    package = tmp_path / "gdn2"
+    package.mkdir()
+    (package / "__init__.py").write_text("")
+    monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path.parent))
+    monkeypatch.setattr(rows.gdn2, "__file__", str(package / "__init__.py"))
+    alone = rows.code()
+    assert (alone["commit"], alone["changed"]) == (None, None)
+    git = ["git", "-c", "user.name=x", "-c", "user.email=x@example.org"]
+    for arguments in (["init", "-q"], ["add", "."], ["commit", "-q", "-m", "first"]):
+        subprocess.run([*git, *arguments], cwd=tmp_path, check=True)
+    kept = rows.code()
+    assert (len(kept["commit"]), kept["changed"], kept["source_sha256"]) == (40, False, alone["source_sha256"])
+    (package / "new.py").write_text("x = 1\n")
+    other = rows.code()
+    assert (other["commit"], other["changed"]) == (kept["commit"], True)
+    assert other["source_sha256"] != kept["source_sha256"]
+    monkeypatch.setenv("PATH", "")
+    assert rows.code()["commit"] is None
 
 
 def slow_or_broken(setting):
