@@ -34,6 +34,7 @@ from gdn2.evaluation.words import ADJECTIVES, NOUNS
 ANSWER_TOKENS = 128  # what RULER lets a model write, and keeps free of the length
 DEPTHS = tuple(round(100 * i / 39) for i in range(40))  # percent of the essays' sentences before a needle
 GRASS = "The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again."
+MIXED_IN = re.compile(r"One of the special magic \w+ for |\A(?:(?:[a-z]=\d)?\n)+\Z")
 Kind = Literal["word", "number", "uuid"]
 
 
@@ -282,10 +283,14 @@ def read_haystack(path: Path) -> Haystack:
 
 
 def essays(token_file: TokenFile, tokenizer: Tokenizer, tokens: int = 1_000_000) -> str:
-    """The text of the file's first documents, a blank line between them, up to about `tokens` tokens of it."""
+    """The text of the file's first documents, a blank line between them, up to about `tokens` tokens of it.
+
+    Needle and recall documents that `prepare` mixed in are left out: their needles would be there to find as well.
+    """
     last = max(1, int(np.searchsorted(token_file.offsets, tokens, side="right")) - 1)
     documents = np.split(token_file.tokens[: token_file.offsets[last]], token_file.offsets[1:last])
-    return "\n\n".join(tokenizer.decode(document.tolist()) for document in documents)
+    texts = (tokenizer.decode(document.tolist()) for document in documents)
+    return "\n\n".join(text for text in texts if not MIXED_IN.search(text))
 
 
 def needle_documents(
