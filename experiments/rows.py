@@ -45,14 +45,24 @@ def append(path: Path, row: Row) -> None:
 
 
 def code() -> Row:
-    """Which code measures: the version, git's commit where there is one, and a hash of the sources as they are."""
+    """Which code measures: the version, a hash of the sources as they are, and where there is git its commit, and
+    whether the sources differ from it ("changed")."""
     source = Path(gdn2.__file__).parent
     digest = hashlib.sha256()
     for path in sorted(source.rglob("*.py")):
         digest.update(str(path.relative_to(source)).encode() + path.read_bytes())
-    git = subprocess.run(["git", "rev-parse", "HEAD"], cwd=source, capture_output=True, text=True, check=False)
-    commit = git.stdout.strip() if git.returncode == 0 else None
-    return {"version": gdn2.__version__, "commit": commit, "source_sha256": digest.hexdigest()}
+    commit, changes = _git("rev-parse", "HEAD", at=source), _git("status", "--porcelain", ".", at=source)
+    changed = None if commit is None else bool(changes)
+    return {"version": gdn2.__version__, "commit": commit, "changed": changed, "source_sha256": digest.hexdigest()}
+
+
+def _git(*arguments: str, at: Path) -> str | None:
+    """What git says in a folder, None where there is no repository or no git."""
+    try:
+        said = subprocess.run(["git", *arguments], cwd=at, capture_output=True, text=True, check=False)
+    except FileNotFoundError:
+        return None
+    return said.stdout.strip() if said.returncode == 0 else None
 
 
 def machine(device: str) -> Row:
@@ -164,8 +174,12 @@ def _in_turn(settings: Sequence[Row], measure: Callable[[Row], Row], budget: Bud
 
 
 def _side_by_side(settings: Sequence[Row], measure: Callable[[Row], Row], budget: Budget, jobs: int) -> Iterator[Row]:
-    """Rows as they end, each measured in one of `jobs` processes of one thread each."""
+    """Rows as they end, each measured in one of `jobs` processes of one thread each.
+
+    Where one raises, no further row is begun, and the error is raised once those that run have ended and are given.
+    """
     ahead = deque(settings)
+    error = None
     with ProcessPoolExecutor(jobs, get_context("spawn"), torch.set_num_threads, (1,)) as pool:
         running: dict[Future[Row], float] = {}
         while ahead or running:
@@ -176,4 +190,10 @@ def _side_by_side(settings: Sequence[Row], measure: Callable[[Row], Row], budget
                 running[pool.submit(measure, ahead.popleft())] = budget.spent()
             for future in wait(running, return_when=FIRST_COMPLETED).done:
                 budget.ended(running.pop(future))
-                yield future.result()
+                if (raised := future.exception()) is None:
+                    yield future.result()
+                else:
+                    error = error or raised
+                    ahead.clear()
+    if error is not None:
+        raise error

@@ -55,10 +55,20 @@ def test_both_forms_are_read(tmp_path):
     ]
 
 
+def test_only_a_line_feed_ends_a_line(tmp_path):
+    """Data sets hold U+2028, U+0085 and the like in their texts, and most writers leave them as they are."""
+    record = {"context": "a\u2028b\x85c\u2029d", "question": "which?", "answers": ["b"]}
+    (tmp_path / "squad.jsonl").write_text(json.dumps(record, ensure_ascii=False) + "\n", encoding="utf-8")
+    assert read_passages(tmp_path, "squad") == [Passage(record["context"], "which?", ("b",))]
+
+
 NO_ANSWERS = '{"context": "a", "question": "b", "answers": []}'
+LETTERS = '{"context": "an oak", "question": "what?", "answers": "oak"}'  # o, a and k would each be right
 
 
-@pytest.mark.parametrize("line", ["{", "[]", '{"context": "a"}', NO_ANSWERS, '{"text": "one line", "value": "x"}'])
+@pytest.mark.parametrize(
+    "line", ["{", "[]", '{"context": "a"}', NO_ANSWERS, LETTERS, '{"text": "one line", "value": "x"}']
+)
 def test_other_lines_are_refused(tmp_path, line):
     (tmp_path / "nq.jsonl").write_text(line + "\n")
     with pytest.raises(ValueError, match=r"nq\.jsonl:1: no passage"):

@@ -1,6 +1,7 @@
 """Each task runs by its name on a real model; results go to a file that is whole or not there."""
 
 import json
+import re
 from io import StringIO
 
 import pytest
@@ -11,7 +12,8 @@ from gdn2.config import ModelConfig
 from gdn2.data import Shards, load_tokenizer, prepare
 from gdn2.evaluation import report
 from gdn2.evaluation.answers import greedy
-from gdn2.evaluation.needles import Haystack, essays
+from gdn2.evaluation.needles import Haystack, essays, needle_documents
+from gdn2.evaluation.retrieval import recall_documents
 from gdn2.model import LanguageModel
 
 BYTES = load_tokenizer("bytes")
@@ -80,6 +82,14 @@ def test_essays_are_whole_documents_from_the_start(val):
     assert essays(val, BYTES).split("\n\n")[:3] == documents
     assert essays(val, BYTES, tokens=int(val.offsets[2])) == "\n\n".join(documents[:2])
     assert essays(val, BYTES, tokens=1) == documents[0]
+
+
+def test_documents_that_were_mixed_in_are_no_haystack(tmp_path):
+    made = [*recall_documents(9, 0), *needle_documents(9, 640, BYTES, 0, ["niah_single_1", "niah_multikey_3"])]
+    prepare(tmp_path / "shards", documents={"all": [*made, *(f"Essay {i}. x=1\n" for i in range(9))]}, val_share=0.5)
+    text = essays(Shards(tmp_path / "shards").split("val"), BYTES)
+    assert set(re.split(r"\n\n+", text.strip())) <= {f"Essay {i}. x=1" for i in range(9)}
+    assert "Essay" in text
 
 
 def test_unknown_task_is_named(model, val):

@@ -52,7 +52,8 @@ def memory_row(key, mixer, lr, seed):
     good = 0.9 if lr == 1e-2 else 0.4
     return {
         "experiment": "memory", "key": key, "task": "mqar", "memory": [1, 16, 16], "mixer": mixer, "lr": lr,
-        "seed": seed, "run": {"steps": 2_000, "batch": 64}, "parameters": 7, "validation": [entry(4, good)],
+        "seed": seed, "run": {"steps": 2_000, "batch": 64, "optim": {"warmup_tokens": 100}, "precision": "fp32"},
+        "parameters": 7, "validation": [entry(4, good)],
         "by_load": [entry(4, good - 0.2 * seed), entry(8, 0.25)],
     }  # fmt: skip
 

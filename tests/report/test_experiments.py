@@ -5,7 +5,14 @@ import json
 import pytest
 from report.conftest import language_row, memory_row
 
-from gdn2.report.experiments import failures, language_entries, language_tables, memory_entries, memory_tables
+from gdn2.report.experiments import (
+    failures,
+    language_entries,
+    language_tables,
+    memory_entries,
+    memory_tables,
+    memory_title,
+)
 from gdn2.report.sources import read_rows, read_sources
 from gdn2.report.tables import mean_and_interval
 
@@ -26,6 +33,20 @@ def test_a_rate_that_a_seed_lacks_is_not_compared():
     assert (entry.lr, entry.rates, len(entry.rows)) == (1e-3, (1e-3, 1e-2), 2)
     (single,) = memory_tables(memory_entries(rows[2:]))
     assert single.rows == (("gdn2", "90.0", "25.0", "1", "0.01"),)  # one seed has no deviation
+
+
+def test_rows_of_one_seed_are_never_taken_for_two():
+    row = memory_row("a", "gdn2", 1e-3, 0)
+    half = row | {"key": "b", "run": row["run"] | {"precision": "bf16"}}
+    slow = row | {"key": "c", "run": row["run"] | {"optim": {"warmup_tokens": 250}}}
+    entries = memory_entries([row, half, slow])
+    assert [len(entry.rows) for entry in entries] == [1, 1, 1]
+    title = "mqar, memory 1 x 16 x 16 a layer, 2,000 steps of 64"
+    assert [memory_title(entry.group) for entry in entries] == [title, f"{title}, bf16", f"{title}, warm-up of 250"]
+    with pytest.raises(ValueError, match=r"rows a and d are both gdn2's at learning rate 0\.001, seed 0, and differ"):
+        memory_entries([row, row | {"key": "d"}])
+    with pytest.raises(ValueError, match="report them apart"):
+        language_entries([language_row(key, "kda", 1e-3, 1) for key in "ad"])
 
 
 def test_language_rates_are_chosen_by_bits_and_kinds_stand_together(experiments):

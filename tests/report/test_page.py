@@ -1,11 +1,14 @@
 """The report in a browser and as text: it holds what was measured, asks nobody, fits phones, and trusts no name."""
 
+import json
 import re
 from html.parser import HTMLParser
 
 import pytest
 
 from gdn2.cli import main
+from gdn2.report.runs import groups_of, measures, overview
+from gdn2.report.sources import read_sources
 from gdn2.report.svg import Series, heat, lines, nice_ticks, short
 from gdn2.report.write import write_report
 
@@ -51,7 +54,8 @@ def test_page_holds_the_numbers_and_nothing_that_was_smuggled_in(whole):
     assert "b" not in page.tags
     assert "<b onclick='x'>&amp;" in words
     for expected in (
-        "first and 1 more seeds", "2.1000 ± 0.1414", "niah_single_1 at 128, %", "75.00 ± 0.00", "lm_eval:piqa, acc",
+        "first and 1 more seeds", "2.1000 ± 0.1414", "niah_single_1 at 128, %; by depth", "75.00 ± 0.00",
+        "lm_eval:piqa, acc, texts of at most 512",
         "gdn2, hybrid", "80.0 ± 14.1", "1.6000 ± 0.1414", "Needles by depth and length",
     ):  # fmt: skip
         assert expected in words, expected
@@ -105,6 +109,32 @@ def test_command_writes_one_file_and_names_it(make_run, tmp_path, capsys, monkey
         assert message in capsys.readouterr().err
 
 
+def test_a_run_without_metrics_and_repetitions_of_a_seed_are_told_apart(make_run, tmp_path):
+    make_run("begun", mixer="kda")
+    (tmp_path / "runs" / "begun" / "metrics.jsonl").write_text("")
+    for name, seed, bits in (("a", 0, 2.0), ("b", 1, 2.2), ("c", 0, 2.4)):
+        make_run(name, seed=seed, bits=bits)
+    found = {row[0]: row for row in overview(groups_of(read_sources([tmp_path / "runs"]).runs)).rows}
+    assert set(found) == {"begun", "a and 1 more seeds", "c"}
+    assert found["a and 1 more seeds"][1] == "2.1000 ± 0.1414"
+    assert found["c"][1] == "2.4000"
+    assert found["begun"][1] == found["begun"][6] == "–"
+    html = write_report([tmp_path / "runs"], tmp_path / "report.html").read_text()
+    assert "begun" in html
+
+
+def test_numbers_that_cannot_be_compared_have_names_of_their_own():
+    perplexity = {"perplexity": 9.5, "bits_per_byte": None, "length": 512, "settings": [], "checkpoint": "step_1"}
+    assert measures({"perplexity": perplexity}) == {"perplexity, windows of 512": 9.5}
+    rounded = perplexity | {"weights": "int8", "settings": ["model.rope_factor=4"]}
+    assert measures({"perplexity": rounded}) == {"perplexity, windows of 512; int8, model.rope_factor=4": 9.5}
+    assert measures({"swde": {"percent": 5.0, "length": 2_048}, "recall": {"percent": 12.5}}) == {
+        "swde at 2,048, %": 5.0, "recall, %": 12.5,
+    }  # fmt: skip
+    drawn = {"percent": 1.0, "percent_by_length": [1.0], "lengths": [128], "depths": []}
+    assert measures({"niah_single_1": drawn}) == {"niah_single_1 at 128, %": 1.0}
+
+
 def test_the_memory_of_gated_deltanet_2_is_looked_into_before_others(make_run, tmp_path):
     make_run("a-kda", mixer="kda")
     make_run("b-mamba2", mixer="mamba2")
@@ -115,6 +145,22 @@ def test_the_memory_of_gated_deltanet_2_is_looked_into_before_others(make_run, t
     chosen = [tmp_path / "runs" / "a-kda", tmp_path / "runs" / "c-gdn2"]
     html = write_report([tmp_path / "runs"], tmp_path / "report.html", chosen).read_text()
     assert html.index("Memory of a-kda") < html.index("Memory of c-gdn2")
+
+
+def test_a_mixer_looks_the_same_in_every_picture_and_each_picture_names_its_text(experiments, tmp_path):
+    rows = [json.loads(line) for line in (experiments / "language.jsonl").read_text().splitlines()]
+    other = [row | {"key": f"other {row['key']}", "corpus": {"train_sha256": "fedcba987"}} for row in rows]
+    other = [row for row in other if row["mixer"] == "kda"]  # alone, so that its place among the lines is another
+    (experiments / "other.jsonl").write_text("".join(json.dumps(row) + "\n" for row in other))
+    html = write_report([experiments], tmp_path / "report.html").read_text()
+    in_list = r'class="line (c\d)" stroke-dasharray="([^"]*)"/>\n<(\w+)[^>]*class="mark (c\d)"[^>]*>\n<text[^>]*>kda<'
+    styles = re.findall(in_list, html)
+    assert len(styles) == 3  # accuracy by load, and the curves of two texts
+    assert len(set(styles)) == 1
+    for name in ("figcaption", "summary"):
+        titles = re.findall(rf"<{name}>(.*?)</{name}>", html)
+        about = [title for title in titles if "tokens each" in title]
+        assert len(about) == len(set(about)) >= 2, about
 
 
 def test_pictures_hold_for_what_is_missing_or_the_same():

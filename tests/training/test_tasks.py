@@ -1,4 +1,4 @@
-"""One call trains and measures; Gated DeltaNet-2 learns what linear attention does not."""
+"""One call trains and measures; erase gates up to 2 learn what gates up to 1 do not."""
 
 import json
 from dataclasses import replace
@@ -65,6 +65,21 @@ def test_every_load_takes_its_turn(monkeypatch):
 def test_bad_settings_are_named(changes, message):
     with pytest.raises(ConfigError, match=message):
         replace(QUICK, **changes)
+
+
+def test_erase_gates_up_to_2_learn_parity_at_any_length_and_gates_up_to_1_do_not():
+    """A guess is right at half of the places. Trained on 16 bits at most, seeds 0 to 3 gave 100 % at 16 bits and 86 to
+    100 at 64 with doubled gates, 74 to 87 and 56 to 60 without."""
+    config = replace(TINY, d_model=32, num_layers=1, mlp_width=32, num_heads=2)
+    run = TaskRun((2, 4, 8, 16), 500, 32, OptimConfig(lr=1e-2, warmup_tokens=30), (16, 64))
+    found = {}
+    for doubled in (True, False):
+        result = train_task(replace(config, negative_eigenvalues=doubled), Parity(), run, 0)
+        found[doubled] = [row["accuracy"] for row in result["by_load"]]
+    assert found[True][0] > 0.98
+    assert found[True][1] > 0.8
+    assert found[False][0] < 0.93
+    assert found[False][1] < 0.7
 
 
 @pytest.mark.gpu

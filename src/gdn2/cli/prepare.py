@@ -69,8 +69,9 @@ def prepare(
             if needle_task(name).haystack == "essays" and haystack is None:
                 raise ValueError(f"{name} hides its needles in essays; expected --haystack FILE")
         text = read_haystack(haystack) if haystack else None
+        stream = f"documents {seed}"  # whatever seed `gdn2 eval` asks with, its answers are not in the text
         documents[f"{mix_needles} needle documents: {', '.join(names)}"] = needle_documents(
-            mix_needles, needle_tokens, load_tokenizer(tokenizer), seed, names, text.text if text else None
+            mix_needles, needle_tokens, load_tokenizer(tokenizer), stream, names, text.text if text else None
         )
     with show_progress() as progress:
         meta = prepare(

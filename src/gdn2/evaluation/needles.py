@@ -34,6 +34,7 @@ from gdn2.evaluation.words import ADJECTIVES, NOUNS
 ANSWER_TOKENS = 128  # what RULER lets a model write, and keeps free of the length
 DEPTHS = tuple(round(100 * i / 39) for i in range(40))  # percent of the essays' sentences before a needle
 GRASS = "The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again."
+MIXED_IN = re.compile(r"One of the special magic \w+ for |\A(?:(?:[a-z]=\d)?\n)+\Z")
 Kind = Literal["word", "number", "uuid"]
 
 
@@ -116,7 +117,7 @@ def niah_samples(
 
 
 def _samples(
-    name: str, tokenizer: Tokenizer, length: int, seed: int, corpus: str | None, depth: float | None
+    name: str, tokenizer: Tokenizer, length: int, seed: int | str, corpus: str | None, depth: float | None
 ) -> Iterator[NeedleSample]:
     """`niah_samples` without end."""
     task = needle_task(name)
@@ -282,21 +283,29 @@ def read_haystack(path: Path) -> Haystack:
 
 
 def essays(token_file: TokenFile, tokenizer: Tokenizer, tokens: int = 1_000_000) -> str:
-    """The text of the file's first documents, a blank line between them, up to about `tokens` tokens of it."""
+    """The text of the file's first documents, a blank line between them, up to about `tokens` tokens of it.
+
+    Needle and recall documents that `prepare` mixed in are left out: their needles would be there to find as well.
+    """
     last = max(1, int(np.searchsorted(token_file.offsets, tokens, side="right")) - 1)
     documents = np.split(token_file.tokens[: token_file.offsets[last]], token_file.offsets[1:last])
-    return "\n\n".join(tokenizer.decode(document.tolist()) for document in documents)
+    texts = (tokenizer.decode(document.tolist()) for document in documents)
+    return "\n\n".join(text for text in texts if not MIXED_IN.search(text))
 
 
 def needle_documents(
     n: int,
     length: int,
     tokenizer: Tokenizer,
-    seed: int,
+    seed: int | str,
     names: Sequence[str] = ("niah_single_1",),
     corpus: str | None = None,
 ) -> Iterator[str]:
-    """`n` training documents of at most `length` tokens or so: prompts of the tasks in turn, each with its answers."""
+    """`n` training documents of at most `length` tokens or so: prompts of the tasks in turn, each with its answers.
+
+    Those of an integer are the questions of `niah_samples` with the same seed, at any length, answers included: take
+    another than is asked with, or a text, which no question has.
+    """
     streams = [_samples(name, tokenizer, length + ANSWER_TOKENS, seed, corpus, None) for name in names]
     for sample in islice(chain.from_iterable(zip(*streams)), n):
         yield f"{sample.prompt} {', '.join(sample.answers)}."

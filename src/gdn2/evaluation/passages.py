@@ -46,13 +46,14 @@ def read_passages(folder: Path, task: str) -> list[Passage]:
 
 
 def _lines(path: Path) -> Iterator[Passage]:
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+    # Lines end with line feeds alone: other breaks, such as U+2028, may stand in JSON as they are.
+    for number, line in enumerate(path.read_text(encoding="utf-8").removesuffix("\n").split("\n"), 1):
         try:
             yield _passage(json.loads(line))
         except (ValueError, KeyError, TypeError) as error:
             raise ValueError(
-                f"{path}:{number}: no passage ({error!r}); expected an object with context, question and answers, "
-                "or text and value, that are not empty"
+                f"{path}:{number}: no passage ({error!r}); expected an object with context, question and a list "
+                "of answers, or text and value, that are not empty"
             ) from error
 
 
@@ -62,8 +63,9 @@ def _passage(record: dict[str, Any]) -> Passage:
         answers = [record["value"]]
     else:
         context, question, answers = record["context"], record["question"], record["answers"]
-    parts = [context, question, *answers]
-    if not answers or not all(isinstance(part, str) and part.strip() for part in parts):
+    if not isinstance(answers, list) or not answers:
+        raise ValueError(f"answers is {answers!r}")
+    if not all(isinstance(part, str) and part.strip() for part in (context, question, *answers)):
         raise ValueError("a part is empty or no text")
     return Passage(context, question.strip(), tuple(answer.strip() for answer in answers))
 

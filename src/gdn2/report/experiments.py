@@ -37,11 +37,23 @@ def entries_of(
     rows: Sequence[Row], group: Callable[[Row], tuple[Any, ...]], badness: Callable[[Row], float]
 ) -> list[Entry]:
     """One entry for each group and mixer: the rate whose mean badness over its seeds is lowest, of those that all
-    seeds of the entry have. Rows that failed are in none (see `failures`)."""
+    seeds of the entry have. Rows that failed are in none (see `failures`).
+
+    ValueError for two rows of one group, mixer, rate and seed: they differ in a setting that no table shows, and would
+    pass for two seeds.
+    """
     found: dict[tuple, dict[float, list[Row]]] = defaultdict(lambda: defaultdict(list))
+    seen: dict[tuple, Row] = {}
     for row in rows:
-        if "failed" not in row:
-            found[group(row), row["mixer"]][row["lr"]].append(row)
+        if "failed" in row:
+            continue
+        same = seen.setdefault((group(row), row["mixer"], row["lr"], row["seed"]), row)
+        if same is not row:
+            raise ValueError(
+                f"rows {same['key']} and {row['key']} are both {row['mixer']}'s at learning rate {row['lr']:g}, seed "
+                f"{row['seed']}, and differ in what tables do not show; report them apart"
+            )
+        found[group(row), row["mixer"]][row["lr"]].append(row)
     entries = []
     for (name, mixer), rates in found.items():
         most = max(map(len, rates.values()))
@@ -61,10 +73,16 @@ def failures(rows: Sequence[Row]) -> list[str]:
 
 
 def memory_entries(rows: Sequence[Row]) -> list[Entry]:
-    """Of the experiment "memory", by task, memory, steps of training and sequences a step."""
+    """Of the experiment "memory", by task, memory, steps of training, sequences a step, steps of warm-up, precision."""
+
+    def group(row: Row) -> tuple[Any, ...]:
+        run = row["run"]
+        warm_up = run["optim"]["warmup_tokens"]
+        return row["task"], tuple(row["memory"]), run["steps"], run["batch"], warm_up, run["precision"]
+
     return entries_of(
         rows,
-        lambda row: (row["task"], tuple(row["memory"]), row["run"]["steps"], row["run"]["batch"]),
+        group,
         lambda row: -fmean(answer["accuracy"] for answer in row["validation"]),
     )
 
@@ -133,9 +151,11 @@ def memory_tables(entries: Sequence[Entry]) -> list[Table]:
 
 
 def memory_title(group: tuple[Any, ...]) -> str:
-    """What the group of a memory entry is called."""
-    task, memory, steps, batch = group
-    return f"{task}, memory {' x '.join(map(str, memory))} a layer, {steps:,} steps of {batch}"
+    """What the group of a memory entry is called; a warm-up of a twentieth and float32 are not mentioned."""
+    task, memory, steps, batch, warm_up, precision = group
+    title = f"{task}, memory {' x '.join(map(str, memory))} a layer, {steps:,} steps of {batch}"
+    title += f", warm-up of {warm_up:,}" if 20 * warm_up != steps else ""
+    return title + (f", {precision}" if precision != "fp32" else "")
 
 
 def language_tables(entries: Sequence[Entry]) -> list[Table]:
@@ -144,7 +164,7 @@ def language_tables(entries: Sequence[Entry]) -> list[Table]:
     tables = []
     for text, tokens in dict.fromkeys(entry.group[:2] for entry in entries):
         mine = in_order([entry for entry in entries if entry.group[:2] == (text, tokens)])
-        title = f"text {str(text)[:8]}, {tokens:,} tokens each"
+        title = language_title((text, tokens))
         places = [f"windows of {int(length):,}" for length in mine[0].first["language"]]
         columns = [[[bits(row)[i] for row in entry.rows] for entry in mine] for i in range(len(places))]
         tables.append(_language_table(f"Bits per byte of held-out files; {title}", mine, places, columns, 4))
@@ -163,6 +183,12 @@ def language_tables(entries: Sequence[Entry]) -> list[Table]:
             lambda entry: f"{entry.group[2]} {entry.mixer}",
         )
     return tables
+
+
+def language_title(group: tuple[Any, ...]) -> str:
+    """What the text and the length of training of a language entry's group are called."""
+    text, tokens, *_ = group
+    return f"text {str(text)[:8]}, {tokens:,} tokens each"
 
 
 def _mean_found(row: Row, task: str) -> float:

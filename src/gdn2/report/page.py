@@ -78,12 +78,17 @@ def _runs(found: Sequence[Run], number: "count[int]") -> list[Section]:
 
 def _experiments(rows: dict[str, dict[str, Any]], number: "count[int]") -> list[Section]:
     sections = []
+    styles = {
+        name: i for i, name in enumerate(sorted({row["mixer"] for part in rows.values() for row in part.values()}))
+    }
     if "memory" in rows:
         entries = experiments.memory_entries(list(rows["memory"].values()))
         charts = []
         for group in dict.fromkeys(entry.group for entry in entries):
             mine = [(entry, experiments.accuracies(entry)) for entry in entries if entry.group == group]
-            series = [Series(e.mixer, [(load, fmean(seeds)) for load, seeds in by.items()]) for e, by in mine]
+            series = [
+                Series(e.mixer, [(load, fmean(seeds)) for load, seeds in by.items()], styles[e.mixer]) for e, by in mine
+            ]
             name = experiments.memory_title(group)
             charts.append(figure(name, accuracy(name, series)))
         tables = [table(t, number) for t in experiments.memory_tables(entries)]
@@ -94,7 +99,7 @@ def _experiments(rows: dict[str, dict[str, Any]], number: "count[int]") -> list[
         failed = "".join(f"<p>{escape(sentence)}.</p>" for sentence in experiments.failures(found))
         parts = [failed] if failed else []
         parts += [table(t, number) for t in experiments.language_tables(entries)]
-        sections.append(("language", "Experiment: language and needles", "\n".join([_curves(entries), *parts])))
+        sections.append(("language", "Experiment: language and needles", "\n".join([_curves(entries, styles), *parts])))
         sections.append(("needles", "Needles by depth and length", _needles(entries)))
     return sections
 
@@ -103,14 +108,17 @@ def accuracy(name: str, series: Sequence[Series]) -> str:
     return lines(f"Accuracy by load: {name}", series, "load", "percent right", log_x=True, high_first=True)
 
 
-def _curves(entries: Sequence[Entry]) -> str:
-    """Training curves by kind of model, means over seeds."""
+def _curves(entries: Sequence[Entry], styles: dict[str, int]) -> str:
+    """Training curves by text, length of training and kind of model, means over seeds."""
     charts = []
     for group in dict.fromkeys(entry.group for entry in entries):
         mine = [entry for entry in entries if entry.group == group]
         drawn = [entry for entry in mine if len(entry.first["loss"]) > 1]
-        series = [Series(e.mixer, later(mean_curve([row["loss"] for row in e.rows]))) for e in drawn]
-        name = f"{group[2]} models: bits per byte of training text, from a twentieth of training on"
+        series = [Series(e.mixer, later(mean_curve([row["loss"] for row in e.rows])), styles[e.mixer]) for e in drawn]
+        name = (
+            f"{group[2]} models: bits per byte of training text, from a twentieth of training on; "
+            f"{experiments.language_title(group)}"
+        )
         charts.append(figure(name, lines(name, series, "tokens", "bits per byte")))
     return grid(charts)
 
@@ -139,7 +147,7 @@ def _needles(entries: Sequence[Entry]) -> str:
         mine = experiments.in_order([entry for entry in entries if entry.group[:2] == (text, tokens)])
         for task in experiments.needle_tasks(mine[0]):
             maps = [figure(f"{entry.group[2]} {entry.mixer}", _by_depth(entry, task)) for entry in mine]
-            title = f"{task}, percent found of all seeds' questions; {tokens:,} tokens of training"
+            title = f"{task}, percent found of all seeds' questions; {experiments.language_title((text, tokens))}"
             parts.append(f"<details open><summary>{escape(title)}</summary>{grid(maps, small=True)}</details>")
     return "\n".join(parts)
 

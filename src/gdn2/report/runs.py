@@ -1,7 +1,8 @@
 """Runs side by side: what they are, how they ended, what `gdn2 eval` found; runs that differ in their seed alone as
-one, with mean and deviation.
+one, with mean and deviation. Repetitions with the same seed and settings stand apart: they are no spread over seeds.
 """
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
@@ -29,9 +30,11 @@ class Group:
 
 def groups_of(runs: Sequence[Run]) -> list[Group]:
     """In the order of their first runs. A group of one run has its name."""
-    found: dict[RunConfig, list[Run]] = {}
+    found: dict[tuple[RunConfig, int], list[Run]] = {}
+    times: Counter[RunConfig] = Counter()
     for run in runs:
-        found.setdefault(replace(run.config, seed=0), []).append(run)
+        found.setdefault((replace(run.config, seed=0), times[run.config]), []).append(run)
+        times[run.config] += 1
     return [
         Group(mine[0].name if len(mine) == 1 else f"{mine[0].name} and {len(mine) - 1} more seeds", tuple(mine))
         for mine in found.values()
@@ -54,12 +57,17 @@ def overview(groups: Sequence[Group]) -> Table:
                 kind_of(config),
                 f"{parameters:,}",
                 f"{config.optim.lr:g}",
-                f"{max(row['tokens'] for run in group.runs for row in run.metrics):,}",
+                _tokens(group),
                 str(len(group.runs)),
                 _last(group, "train", "tokens_per_second", 0),
             )
         )
     return Table("Runs, and their last validation", heads, tuple(rows))
+
+
+def _tokens(group: Group) -> str:
+    read = [row["tokens"] for run in group.runs for row in run.metrics]
+    return f"{max(read):,}" if read else NONE  # a run that has just begun has no metrics
 
 
 def kind_of(config: RunConfig) -> str:
@@ -108,20 +116,28 @@ def evaluations(groups: Sequence[Group]) -> Table | None:
 
 
 def measures(results: dict[str, Row]) -> dict[str, float]:
-    """Plain numbers out of eval.json, by name and unit."""
+    """Plain numbers out of eval.json, by name and unit; names say all that makes two numbers incomparable: lengths,
+    rounded weights, settings of the model in place of the run's, and depths in place of drawn ones."""
     found: dict[str, float] = {}
     for task, result in results.items():
+        changed = [result["weights"]] if result.get("weights") else []
+        changed += result.get("settings", [])
+        changed += ["by depth"] if result.get("depths") else []
+        about = f"; {', '.join(changed)}" if changed else ""
         if task == "perplexity":
-            found[f"perplexity, windows of {result['length']:,}"] = result["perplexity"]
+            found[f"perplexity, windows of {result['length']:,}{about}"] = result["perplexity"]
             if result["bits_per_byte"] is not None:
-                found[f"bits per byte, windows of {result['length']:,}"] = result["bits_per_byte"]
+                found[f"bits per byte, windows of {result['length']:,}{about}"] = result["bits_per_byte"]
         elif "percent_by_length" in result:
             for length, percent in zip(result["lengths"], result["percent_by_length"]):
-                found[f"{task} at {length:,}, %"] = percent
+                found[f"{task} at {length:,}, %{about}"] = percent
         elif "percent" in result:
-            found[f"{task}, %"] = result["percent"]
+            length = f" at {result['length']:,}" if "length" in result else ""
+            found[f"{task}{length}, %{about}"] = result["percent"]
         else:  # of lm-evaluation-harness
-            found |= {f"{task}, {name}": value for name, value in result.items() if isinstance(value, float)}
+            length = f"texts of at most {result['max_length']:,}"
+            numbers = {name: value for name, value in result.items() if isinstance(value, float)}
+            found |= {f"{task}, {name}, {length}{about}": value for name, value in numbers.items()}
     return found
 
 

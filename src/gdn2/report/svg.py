@@ -44,10 +44,12 @@ def rule(x1: float, y1: float, x2: float, y2: float, css: str = "grid") -> str:
 
 @dataclass(frozen=True)
 class Series:
-    """A named line through points, left to right; a gap where y is None."""
+    """A named line through points, left to right; a gap where y is None. `style` numbers its colour, dashes and mark,
+    for a name that is drawn in several pictures; without it that is its place among the lines."""
 
     name: str
     points: Sequence[tuple[float, float | None]]
+    style: int | None = None
 
 
 def lines(
@@ -83,15 +85,17 @@ def lines(
     y = bottom + 3.4 * LINE
     ordered = sorted(range(len(drawn)), key=lambda i: _last(drawn[i]), reverse=high_first)
     for i in ordered:
-        dash, mark, css = DASHES[i % len(DASHES)], MARKS[i % len(MARKS)], f"line c{i % 6}"
+        n = i if (style := drawn[i].style) is None else style
+        dash, mark, colour = DASHES[n % len(DASHES)], MARKS[n % len(MARKS)], f"c{n % 6}"
+        css = f"line {colour}"
         for piece in _pieces(drawn[i].points):
             spots = [at(x, value) for x, value in piece]
             path = " ".join(f"{x:.1f},{value:.1f}" for x, value in spots)
             parts.append(f'<polyline points="{path}" class="{css}" stroke-dasharray="{dash}"/>')
             every = max(1, len(spots) // 6)
-            parts += [_mark(x, value, mark, f"c{i % 6}") for x, value in spots[every // 2 :: every]]
+            parts += [_mark(x, value, mark, colour) for x, value in spots[every // 2 :: every]]
         parts.append(f'<polyline points="6,{y - 4:.1f} 36,{y - 4:.1f}" class="{css}" stroke-dasharray="{dash}"/>')
-        parts += [_mark(21, y - 4, mark, f"c{i % 6}"), text(44, y, drawn[i].name[:44])]
+        parts += [_mark(21, y - 4, mark, colour), text(44, y, drawn[i].name[:44])]
         parts.append(text(right, y, f"{_last(drawn[i]):.4g}", "end"))
         y += LINE
     return svg(WIDTH, y - LINE + 8, label, parts)

@@ -15,10 +15,13 @@ class MQAR:
 
     n pairs (the load) fill the first 2n tokens. Behind them are (length - 2n) / 2 places for a question, two tokens
     apart; each key takes one, drawn with weights x^(power - 1), x = 1, 2, ..., so that most gaps are short and some
-    long. Keys are tokens 1 .. vocab_size / 2 - 1, values the upper half, drawn anew for each sequence and none twice.
-    With `noise` every other place holds a random token of the whole vocabulary, else token 0.
+    long, as long as there are more places than keys. Keys are tokens 1 .. vocab_size / 2 - 1, values the upper half,
+    drawn anew for each sequence and none twice. With `noise` every other place holds a random token of the whole
+    vocabulary, else token 0.
 
-    Defaults are Zoology's: a vocabulary of 8,192, power 0.01, and lengths of 4n tokens, 64 at least.
+    The vocabulary of 8,192, power 0.01 and random tokens are Zoology's defaults, which leaves the length open (its
+    Figure 2 has 64 tokens for 4 pairs to 512 for 64). Here it is the shortest that holds all questions, 4n tokens, but
+    64 at least: from 16 pairs on every place is taken, in an order that any power leaves uniform.
     """
 
     vocab_size: int = 8_192

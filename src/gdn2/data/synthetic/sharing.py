@@ -1,4 +1,4 @@
-"""Keys that share channels with distractors: what a gate for a whole head cannot keep apart."""
+"""Keys of two parts among distractors that share one of them: recall that needs both parts of a key."""
 
 from dataclasses import dataclass
 
@@ -13,9 +13,10 @@ class Sharing:
 
         a1 b1 v1  a1 b7 v2  a5 b1 v3 ..  ASK a1 b1       answer at b1: v1
 
-    All are written once, in any order; the n keys are asked for, and no distractor. Distractors keep a and b in turn;
-    their other part belongs to no other key. A memory has to change what is stored for (a1, b7) and keep (a1, b1),
-    although half of what makes the key is the same.
+    All are written once, in any order; the n keys are asked for, and no distractor. Distractors keep a and b in turn,
+    a first; their other part belongs to no other key. With three of them, who goes by a alone guesses among three
+    values, who goes by b alone among two. Nothing is written over: a memory that adds up, with the sum of its parts as
+    a key, tells them apart as far as it has room.
     """
 
     parts: int = 512

@@ -29,7 +29,7 @@ class S5:
     """n permutations of five things (the load); at each the product of all so far, the latest applied last.
 
     Tokens and answers are the 120 permutations in lexicographic order. With `swaps` only the identity and the ten
-    exchanges of two things are drawn, each of which is one reflection.
+    exchanges of two things are drawn; an exchange is one reflection.
     """
 
     swaps: bool = False
