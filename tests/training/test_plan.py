@@ -44,6 +44,10 @@ def test_text_names_costs_of_every_mode(make_config: MakeConfig, tmp_path: Path)
     assert "0 h 0 min at 1,000 tokens/s" in text
     assert f"{share:.1f}% of train.peak_flops" in text
     assert "epochs" in text
+    checkpoint = plan(config).checkpoint  # keep_last=2, and one that is written
+    assert f"{size(checkpoint)} a checkpoint, {size(3 * checkpoint)} for 3; " in text
+    shares = 4 * describe(config.model).parameters
+    assert f"{size(3 * checkpoint + shares)} for 3; " in show(config, tmp_path / "run", devices=2)
     assert "is not prepared yet" in show(make_config("data.path=none"), tmp_path / "run")
     assert list(tmp_path.iterdir()) == []
 

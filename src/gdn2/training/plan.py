@@ -120,11 +120,13 @@ def show(config: RunConfig, run_dir: Path, rate: float | None = None, devices: i
         )
     milestones = 0 if not train.keep_every else costs.steps // train.keep_every
     kept = min(train.keep_last + 1 + milestones, max(1, costs.steps))  # one more while it is written
+    # Of several processes the weights lie twice for a moment: in shares, and joined.
+    room = kept * costs.checkpoint + (costs.model.weight_bytes["float32"] if devices > 1 else 0)
     free = shutil.disk_usage(next(p for p in run_dir.absolute().parents if p.is_dir())).free
     lines.append(
         (
             "disk",
-            f"{size(costs.checkpoint)} a checkpoint, {size(kept * costs.checkpoint)} for {kept}; {size(free)} free",
+            f"{size(costs.checkpoint)} a checkpoint, {size(room)} for {kept}; {size(free)} free",
         )
     )
     if rate is None:
