@@ -156,9 +156,10 @@ def test_accumulation_matches_one_large_batch(make_config: MakeConfig, tmp_path:
 
 
 @pytest.mark.parametrize(
-    "change", ["train.eval_every=7", "train.log_every=2", "train.keep_last=1", "train.device=auto"]
+    "change",
+    ["train.eval_every=7", "train.log_every=2", "train.keep_last=1", "train.device=auto", "train.micro_batch=1"],
 )
-def test_resume_may_change_what_is_looked_at(make_config: MakeConfig, tmp_path: Path, change: str) -> None:
+def test_resume_may_change_what_is_looked_at_and_what_a_step_holds_at_once(make_config: MakeConfig, tmp_path: Path, change: str) -> None:
     config = make_config()
     quiet(config, tmp_path / "run")
     shutil.rmtree(tmp_path / "run" / "checkpoints" / "step_00000020")

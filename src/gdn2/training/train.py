@@ -38,11 +38,11 @@ from gdn2.training.watch import Watch, peak_memory
 
 PROMPT_TOKENS = 64  # of the first validation document, continued by each sample
 
-# What a resumed run may change: what is looked at, where the data lies and where the arithmetic runs, never the
-# mathematics. SCHEDULE may change too while the learning rates of the past stay the same (see `check_same`).
+# What a resumed run may change: what is looked at, where the data lies and where and in what portions the arithmetic
+# runs, never the mathematics. SCHEDULE may change too while the learning rates of the past stay the same (see `check_same`).
 FREE = {f"train.{name}" for name in (
     "eval_every", "eval_tokens", "sample_every", "sample_tokens", "log_every", "checkpoint_every", "keep_last",
-    "keep_every", "background_checkpoints", "max_bad_steps", "device", "compile", "recompute",
+    "keep_every", "background_checkpoints", "max_bad_steps", "device", "compile", "recompute", "micro_batch",
     "watch_every", "logs", "wandb_project", "wandb_offline", "peak_flops",
 )} | {f"parallel.{key}" for key in ("shards", "replicas", "tensor", "context", "timeout")} | {"data.path"}  # fmt: skip
 SCHEDULE = {"train.tokens", "optim.decay_tokens"}
