@@ -98,6 +98,11 @@ def test_devices_share_out_states_sequences_and_tokens(make_config: MakeConfig) 
     assert share_of_one(config, 4).train.batch_tokens == 512
     assert b.activations == a.activations  # 8 sequences a micro-batch, in 4 of them as in 1
     assert four.checkpoint == one.checkpoint
+    for axes in ("parallel.context=2", "parallel.context=4"):  # as FSDP shares them out over context ranks too
+        own = plan(make_config(*size, axes), 4).memory["none"]
+        assert (own.weights, own.gradients, own.optimizer) == (b.weights, b.gradients, b.optimizer)
+    own = plan(make_config(*size, "parallel.replicas=2"), 4).memory["none"]
+    assert (own.weights, own.optimizer) == (a.weights // 2, a.optimizer // 2)
     split = share_of_one(make_config(*size, "parallel.context=2", "parallel.shards=2"), 4)
     assert (split.data.seq_len, split.train.micro_batch, split.train.batch_tokens) == (32, 8, 512)
     with pytest.raises(

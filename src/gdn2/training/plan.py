@@ -71,14 +71,15 @@ def share_of_one(config: RunConfig, devices: int) -> RunConfig:
 
 
 def sharded(found: Memory, config: RunConfig, devices: int, precision: str) -> Memory:
-    """Weights, gradients and optimizer shared out over shards and tensor-parallel ranks, and what is gathered for use:
-    embedding, head and two blocks with their gradients. Activations are taken as if tensor parallelism split none."""
-    _, shards, _, tensor = config.parallel.sizes(devices)
-    if shards * tensor == 1:
+    """Weights, gradients and optimizer shared out over all ranks but replicas, and what is gathered for use: embedding,
+    head and two blocks with their gradients. Activations are taken as if tensor parallelism split none."""
+    _, shards, context, tensor = config.parallel.sizes(devices)
+    ranks = shards * context * tensor
+    if ranks == 1:
         return found
     largest = max(part.gradients for kind, part in found.parts.items() if kind != "loss")
     gathered = found.parts["loss"].gradients + 2 * (largest // (2 if precision == "bf16" else 1)) + 2 * largest
-    weights, gradients, optimizer = (n // (shards * tensor) for n in (found.weights, found.gradients, found.optimizer))
+    weights, gradients, optimizer = (n // ranks for n in (found.weights, found.gradients, found.optimizer))
     saved = found.weights + found.gradients + found.optimizer - weights - gradients - optimizer
     peak = found.peak - saved + gathered
     return replace(found, weights=weights, gradients=gradients, optimizer=optimizer, peak=peak)
