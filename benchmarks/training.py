@@ -34,6 +34,7 @@ from gdn2.info import describe
 from gdn2.model import LanguageModel
 from gdn2.presets import preset
 from gdn2.training.compiling import compile_blocks
+from gdn2.training.device import resolve_device
 from gdn2.training.distributed import Ranks
 from gdn2.training.optim import build_optimizer
 from gdn2.training.parallel import check_parallel, parallelize
@@ -41,7 +42,6 @@ from gdn2.training.recompute import recompute
 from gdn2.training.sharding import clip_gradients
 from gdn2.training.step import accumulate_gradients
 from gdn2.training.throughput import mfu, peak_flops
-from gdn2.training.train import resolve_device
 
 
 class RandomTokens:

@@ -43,8 +43,8 @@ from gdn2.model import LanguageModel
 from gdn2.presets import preset
 from gdn2.report.experiments import language_entries, language_tables
 from gdn2.training import TrainingError, checkpoint, train
+from gdn2.training.device import resolve_device
 from gdn2.training.metrics import read_metrics
-from gdn2.training.train import resolve_device
 
 KINDS = {"recurrent": "", "hybrid": "hybrid-"}
 ATTENTION = ("transformer", "transformer-full")  # of one kind only, "attention"

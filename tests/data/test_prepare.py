@@ -143,9 +143,12 @@ def test_existing_folder_is_refused_and_untouched(texts: Path, tmp_path: Path) -
     out = tmp_path / "out"
     out.mkdir()
     (out / "mine").write_text("keep")
-    with pytest.raises(FileExistsError, match="exists already"):
+    with pytest.raises(FileExistsError, match=r"exists already; choose another folder or remove it first$"):
         prepare(out, [texts])
     assert [p.name for p in out.iterdir()] == ["mine"]
+    (tmp_path / ".out.parts").mkdir()  # as a kill between the last rename and the end leaves it
+    with pytest.raises(FileExistsError, match=r"first; '\S*\.out\.parts' holds parts from before it was there$"):
+        prepare(out, [texts])
 
 
 @pytest.mark.parametrize("share", [-0.1, 0, 1.0, float("nan")])

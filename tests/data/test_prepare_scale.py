@@ -146,6 +146,23 @@ def test_workers_end_with_a_killed_parent_and_the_work_goes_on(tree: Path, whole
     assert len(seen) > 20
 
 
+def test_killed_worker_is_told_and_the_work_goes_on(tree: Path, whole: Path, tmp_path: Path) -> None:
+    parts, killed = tmp_path / ".out.parts", []
+
+    def kill_one(_: Any) -> None:
+        if not killed:
+            children = psutil.Process().children(recursive=True)
+            killed.append(next(p for p in children if "spawn_main" in " ".join(p.cmdline())))
+            killed[0].kill()
+
+    with pytest.raises(ChildProcessError, match="one of 2 worker processes was killed") as caught:
+        prepare(tmp_path / "out", [tree], val_share=0.2, piece_bytes=2_000, workers=2, progress=kill_one)
+    assert any(parts.glob("0*"))
+    assert "goes on from there" in caught.value.__notes__[0]
+    prepare(tmp_path / "out", [tree], val_share=0.2, piece_bytes=2_000)
+    assert files_of(tmp_path / "out") == files_of(whole)
+
+
 def test_finished_parts_are_not_done_again_unless_their_file_or_a_setting_changed(
     tree: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

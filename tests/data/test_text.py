@@ -27,6 +27,15 @@ def test_folder_is_walked_in_sorted_order_without_hidden_entries(texts: Path) ->
     assert not any(s.explicit for s in find_sources([texts]))
 
 
+def test_link_to_a_folder_is_not_followed_and_not_passed_over_in_silence(texts: Path) -> None:
+    (texts / "sub" / "again").symlink_to(texts)
+    found = find_sources([texts])
+    assert [s.name for s in found if not s.path.is_file()] == [str(texts / "sub" / "again")]
+    assert len(found) == 21
+    with pytest.raises(NotTextError, match="again: a broken link, a link to a folder, or no regular file"):
+        documents(texts / "sub" / "again")
+
+
 def test_stdlib_is_megabytes_of_library_code_without_tests() -> None:
     paths = [s.path for s in find_sources([], "stdlib")]
     assert paths == sorted(paths)
@@ -55,7 +64,7 @@ def test_what_is_no_regular_file_is_no_text(tmp_path: Path) -> None:
     os.mkfifo(pipe)
     for path in (link, pipe):
         assert Source(path, explicit=False).size == 0
-        with pytest.raises(NotTextError, match=r"[ab]\.txt: a broken link, or no regular file"):
+        with pytest.raises(NotTextError, match=r"[ab]\.txt: a broken link, a link to a folder, or no regular file"):
             documents(path)
 
 

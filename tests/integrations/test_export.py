@@ -99,6 +99,7 @@ def test_length_for_tools_is_the_one_asked_for(tmp_path):
     config = save_run(tmp_path / "run", model)
     export(model, BYTES, config, tmp_path / "out", max_length=9_000)
     assert json.loads((tmp_path / "out" / "config.json").read_text())["max_position_embeddings"] == 9_000
+    assert len({path.stat().st_mode for path in (tmp_path / "out").iterdir()}) == 1  # all for the same readers
 
 
 def test_nothing_is_overwritten_and_nothing_half_written(tmp_path, capsys, monkeypatch, bpe):

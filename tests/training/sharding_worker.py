@@ -33,6 +33,8 @@ SCENARIOS = {
         "tensor": {"tensor": 2},
         "tensor-kda-full": {"tensor": 2},
         "tensor-gdn-selective": {"tensor": 2},
+        "tensor-deltanet": {"tensor": 2},
+        "tensor-linear": {"tensor": 2},
     },
     4: {
         "fsdp": {},
@@ -51,8 +53,7 @@ def config_of(data, name, parallel):
         f"train.micro_batch={1 if name in ('fsdp', 'hsdp-full') else 2}", "train.batch_tokens=256",
         f"train.device={KIND}", "seed=7",
     ]  # fmt: skip
-    for mixer in ("kda", "gdn"):
-        settings += [f"model.mixer={mixer}"] if mixer in name else []
+    settings += [f"model.mixer={mixer}" for mixer in ("kda", "gdn", "deltanet", "linear") if mixer in name.split("-")]
     config = load_run(None, settings, preset)
     return replace(config, parallel=ParallelConfig(**parallel))
 

@@ -72,6 +72,16 @@ def test_nothing_in_a_checkpoint_is_pickled(parts: Parts, tmp_path: Path) -> Non
     assert names == ["config.yaml", "model.safetensors", "optimizer.safetensors", "tokenizer.json", "trainer.json"]
 
 
+def test_who_may_read_one_file_of_a_checkpoint_may_read_all(parts: Parts, tmp_path: Path) -> None:
+    for umask in (0o022, 0o077):
+        before = os.umask(umask)
+        try:
+            modes = {p.stat().st_mode & 0o777 for p in parts.save(tmp_path, umask).iterdir()}
+        finally:
+            os.umask(before)
+        assert modes == {0o666 & ~umask}
+
+
 def test_newest_are_kept_and_left_overs_go(parts: Parts, tmp_path: Path) -> None:
     left_over = tmp_path / "checkpoints" / ".step_00000001"
     left_over.mkdir(parents=True)

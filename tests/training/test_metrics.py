@@ -4,6 +4,7 @@ import math
 import re
 from collections.abc import Callable
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,7 @@ from gdn2.data.shards import Batch
 from gdn2.layers import GatedDeltaNet2
 from gdn2.layers.gates import ChannelGates, TiedGates
 from gdn2.model import LanguageModel
+from gdn2.presets import preset
 from gdn2.training.metrics import (
     Display,
     MetricsFile,
@@ -60,6 +62,14 @@ def test_validation_loss_is_the_mean_over_all_targets(model: LanguageModel, shar
     assert row["bits_per_byte"] == pytest.approx(nats / size / math.log(2), rel=1e-6)
     assert model.training
     assert len(row["layers"]) == 2
+
+
+def test_fixed_gates_are_no_saturated_ones() -> None:
+    """Linear attention writes everything and erases nothing: no sign of divergence."""
+    model, tokens = LanguageModel(replace(preset("deltanet-tiny"), mixer="linear")), torch.randint(257, (2, 12))
+    for row in layer_statistics(model, Batch(tokens, tokens, None)):
+        assert (row["mean_erase"], row["mean_write"], row["mean_decay"]) == (0.0, 1.0, 1.0)
+        assert (row["saturated_erase"], row["saturated_write"]) == (0.0, 0.0)
 
 
 def test_layer_statistics_are_those_of_the_gates(model: LanguageModel) -> None:

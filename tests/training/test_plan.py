@@ -44,6 +44,10 @@ def test_text_names_costs_of_every_mode(make_config: MakeConfig, tmp_path: Path)
     assert "0 h 0 min at 1,000 tokens/s" in text
     assert f"{share:.1f}% of train.peak_flops" in text
     assert "epochs" in text
+    checkpoint = plan(config).checkpoint  # keep_last=2, and one that is written
+    assert f"{size(checkpoint)} a checkpoint, {size(3 * checkpoint)} for 3; " in text
+    shares = 4 * describe(config.model).parameters
+    assert f"{size(3 * checkpoint + shares)} for 3; " in show(config, tmp_path / "run", devices=2)
     assert "is not prepared yet" in show(make_config("data.path=none"), tmp_path / "run")
     assert list(tmp_path.iterdir()) == []
 
@@ -94,6 +98,11 @@ def test_devices_share_out_states_sequences_and_tokens(make_config: MakeConfig) 
     assert share_of_one(config, 4).train.batch_tokens == 512
     assert b.activations == a.activations  # 8 sequences a micro-batch, in 4 of them as in 1
     assert four.checkpoint == one.checkpoint
+    for axes in ("parallel.context=2", "parallel.context=4"):  # as FSDP shares them out over context ranks too
+        own = plan(make_config(*size, axes), 4).memory["none"]
+        assert (own.weights, own.gradients, own.optimizer) == (b.weights, b.gradients, b.optimizer)
+    own = plan(make_config(*size, "parallel.replicas=2"), 4).memory["none"]
+    assert (own.weights, own.optimizer) == (a.weights // 2, a.optimizer // 2)
     split = share_of_one(make_config(*size, "parallel.context=2", "parallel.shards=2"), 4)
     assert (split.data.seq_len, split.train.micro_batch, split.train.batch_tokens) == (32, 8, 512)
     with pytest.raises(

@@ -9,7 +9,7 @@ import torch
 WORKER = Path(__file__).with_name("sharding_worker.py")
 
 
-TWO = "fsdp tied bf16 packed context-full tensor tensor-kda-full tensor-gdn-selective"
+TWO = "fsdp tied bf16 packed context-full tensor tensor-kda-full tensor-gdn-selective tensor-deltanet tensor-linear"
 FOUR = "fsdp hsdp-full context-packed-selective tensor-bf16"
 
 

@@ -18,6 +18,8 @@ from gdn2.data import Shards, load_tokenizer, prepare
 from gdn2.generate import generate
 from gdn2.model import LanguageModel
 from gdn2.training import CheckpointError, checkpoint, train
+from gdn2.training.device import resolve_device
+from gdn2.training.opening import check_same, rates
 
 module = importlib.import_module("gdn2.training.train")  # the package's name for it is the function
 MakeConfig = Callable[..., RunConfig]
@@ -156,9 +158,12 @@ def test_accumulation_matches_one_large_batch(make_config: MakeConfig, tmp_path:
 
 
 @pytest.mark.parametrize(
-    "change", ["train.eval_every=7", "train.log_every=2", "train.keep_last=1", "train.device=auto"]
+    "change",
+    ["train.eval_every=7", "train.log_every=2", "train.keep_last=1", "train.device=auto", "train.micro_batch=1"],
 )
-def test_resume_may_change_what_is_looked_at(make_config: MakeConfig, tmp_path: Path, change: str) -> None:
+def test_resume_may_change_what_is_looked_at_and_held_at_once(
+    make_config: MakeConfig, tmp_path: Path, change: str
+) -> None:
     config = make_config()
     quiet(config, tmp_path / "run")
     shutil.rmtree(tmp_path / "run" / "checkpoints" / "step_00000020")
@@ -179,7 +184,7 @@ def test_resume_with_another_configuration_is_refused_with_the_difference(
 def test_length_may_change_only_while_past_rates_stay(make_config: MakeConfig) -> None:
     def may(step: int, *new: str, old: tuple[str, ...]) -> bool:
         try:
-            module.check_same(make_config(*old), make_config(*old, *new), step)
+            check_same(make_config(*old), make_config(*old, *new), step)
         except ConfigError:
             return False
         return True
@@ -217,7 +222,7 @@ def test_other_data_is_refused_and_moved_data_is_not(make_config: MakeConfig, tm
 def test_other_precision_is_refused(make_config: MakeConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     config = make_config()
     quiet(config, tmp_path / "run")
-    device, autocast, _ = module.resolve_device(config)
+    device, autocast, _ = resolve_device(config)
     monkeypatch.setattr(module, "resolve_device", lambda config: (device, autocast, "bf16"))
     with pytest.raises(ConfigError, match="precision was fp32, is bf16"):
         quiet(config, tmp_path / "run", resume=True)
@@ -329,8 +334,8 @@ def test_clipped_gradients_and_the_schedule_reach_the_optimizer(
     config = make_config("optim.clip=0.01")
     quiet(config, tmp_path / "run")
     assert norms == pytest.approx([0.01] * 20, rel=1e-4)  # every gradient of these losses is larger; float32 sums
-    assert seen == [{rate} for rate in module.rates(config, 20)]
-    assert len(set(module.rates(config, 20))) > 10
+    assert seen == [{rate} for rate in rates(config, 20)]
+    assert len(set(rates(config, 20))) > 10
 
 
 def test_eval_and_checkpoint_only_at_the_end_when_zero(

@@ -150,6 +150,20 @@ def test_tensorboard_holds_the_rows_and_a_resumed_run_replaces_what_it_repeats(
     assert len(events.Scalars("layers/0/state_rms")) == 2 + 2  # with each validation too
 
 
+def test_tensorboard_that_cannot_be_written_is_named(
+    make_config: MakeConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("tensorboard")
+    from torch.utils.tensorboard import SummaryWriter
+
+    def full(*_: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(SummaryWriter, "add_scalar", full)
+    with pytest.raises(OSError, match=r"/run/tensorboard could not be written \(\[Errno 28\] No space"):
+        train(make_config("train.logs=[tensorboard]"), tmp_path / "run", stream=io.StringIO())
+
+
 def test_wandb_offline_keeps_the_run_in_its_folder(make_config: MakeConfig, tmp_path: Path) -> None:
     pytest.importorskip("wandb")
     run = tmp_path / "run"

@@ -58,7 +58,7 @@ def load(run: Path, device: str, settings: Sequence[str] = (), weights: str | No
     from gdn2.data import load_tokenizer
     from gdn2.model import LanguageModel, find_checkpoint
     from gdn2.training.checkpoint import verify
-    from gdn2.training.train import resolve_device
+    from gdn2.training.device import resolve_device
 
     if weights not in (None, *WEIGHTS):
         raise ConfigError(f"--weights is {weights!r}; expected one of {', '.join(WEIGHTS)}")

@@ -71,9 +71,9 @@ def train(
     """
     from gdn2.config import ConfigError
     from gdn2.training import TrainingError, train
+    from gdn2.training.opening import check_unused
     from gdn2.training.plan import show
     from gdn2.training.stopping import StopSignals
-    from gdn2.training.train import check_unused
 
     if rate is not None and not (dry_run and 0 < rate < inf):
         raise ConfigError(f"--rate is {rate}; expected tokens per second above 0, together with --dry-run")

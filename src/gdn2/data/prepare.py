@@ -58,7 +58,7 @@ def prepare(
     in several files. `progress` hears of every document, with several workers of every piece.
 
     Killed or failed, the same call goes on from the parts that are done. ValueError for bad input, FileExistsError when
-    `out` is there already.
+    `out` is there already, ChildProcessError when a worker was killed.
     """
     out = Path(out)
     if not 0 < val_share < 1:
@@ -66,8 +66,10 @@ def prepare(
     for name, value in (("workers", workers), ("shard_tokens", shard_tokens), ("piece_bytes", piece_bytes)):
         if value < 1:
             raise ValueError(f"{name} is {value}; expected at least 1")
+    work = out.with_name(f".{out.name}.parts")
     if os.path.lexists(out):
-        raise FileExistsError(f"{str(out)!r} exists already; choose another folder or remove it first")
+        left = f"; {str(work)!r} holds parts from before it was there" if work.is_dir() else ""
+        raise FileExistsError(f"{str(out)!r} exists already; choose another folder or remove it first{left}")
     if hub is not None and (sources or corpus is not None):
         raise ValueError("give a hub data set, or files and folders, or a corpus: one of the three")
     names: list[str]
@@ -81,7 +83,6 @@ def prepare(
         pieces, names = cut(find_sources(sources, corpus), piece_bytes), describe(sources, corpus)
     tokens = load_tokenizer(tokenizer)
     recipe = Recipe("uint16" if tokens.vocab_size <= 1 << 16 else "uint32", val_share, seed, field)
-    work = out.with_name(f".{out.name}.parts")
     with FolderLock(work):
         try:
             parts = _parts(work, pieces, tokens, recipe, workers, documents, progress)

@@ -47,7 +47,8 @@ class Source:
 
 
 def find_sources(sources: Sequence[str | Path], corpus: str | None = None) -> list[Source]:
-    """Every file to read, in a fixed order: as named, folders walked by sorted name without hidden entries.
+    """Every file to read, in a fixed order: as named, folders walked by sorted name without hidden entries. Links to
+    folders are not followed, which might come to the same file twice; they are among the files, and are no text.
 
     ValueError when nothing is named, a source does not exist, a folder is empty or the corpus is unknown.
     """
@@ -88,7 +89,7 @@ def read_documents(source: Source, field: str = "text", start: int = 0, stop: in
     is missing or no text.
     """
     if not source.path.is_file():
-        raise NotTextError(f"{source.path}: a broken link, or no regular file")
+        raise NotTextError(f"{source.path}: a broken link, a link to a folder, or no regular file")
     if source.path.suffix == ".jsonl":
         yield from _jsonl(source.path, field, start, stop)
     elif source.path.suffix == ".parquet":
@@ -103,7 +104,8 @@ def read_documents(source: Source, field: str = "text", start: int = 0, stop: in
 def _walk(folder: Path) -> Iterator[Path]:
     for parent, folders, files in os.walk(folder):
         folders[:] = sorted(f for f in folders if not f.startswith("."))
-        yield from (Path(parent, f) for f in sorted(files) if not f.startswith("."))
+        links = [f for f in folders if Path(parent, f).is_symlink()]
+        yield from (Path(parent, f) for f in sorted(files + links) if not f.startswith("."))
 
 
 def _library_files(root: Path) -> list[Path]:

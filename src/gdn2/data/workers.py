@@ -6,6 +6,7 @@ import signal
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
 from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Protocol
@@ -54,6 +55,7 @@ def tokenize_all(
     """Write the parts of pieces with several processes; yields them as they are done, in any order.
 
     After an error what is being read is finished, and the rest is not begun. Workers whose parent is killed end too.
+    ChildProcessError where a worker is killed.
     """
     context = multiprocessing.get_context("spawn")
     pool = ProcessPoolExecutor(workers, context, _start, (tokenizer,))
@@ -61,6 +63,10 @@ def tokenize_all(
         jobs = {pool.submit(_run, piece, folder, recipe): piece for piece, folder in pieces}
         for job in as_completed(jobs):
             yield jobs[job], job.result()
+    except BrokenProcessPool as error:
+        raise ChildProcessError(
+            f"one of {workers} worker processes was killed, perhaps since memory ran out; fewer workers need less"
+        ) from error
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
 

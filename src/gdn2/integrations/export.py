@@ -15,6 +15,7 @@ from transformers import GenerationConfig, PreTrainedTokenizerFast
 
 import gdn2
 from gdn2.config import RunConfig, to_dict
+from gdn2.data.disk import share_alike
 from gdn2.data.tokenizer import ByteTokenizer, HuggingFaceTokenizer, Tokenizer
 from gdn2.integrations.hf import Gdn2ForCausalLM
 from gdn2.model import LanguageModel
@@ -87,6 +88,7 @@ def export(
         twin.save_pretrained(temporary)
         transformers_tokenizer(tokenizer, length).save_pretrained(temporary)
         (temporary / "README.md").write_text(_card(model, tokenizer, config, out.name), encoding="utf-8")
+        share_alike(temporary, "README.md")
         temporary.rename(out)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)

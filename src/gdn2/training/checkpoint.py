@@ -27,6 +27,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from gdn2.config import RunConfig, write_config
+from gdn2.data.disk import share_alike
 from gdn2.data.shards import flush, sha256_of
 from gdn2.data.tokenizer import Tokenizer
 
@@ -84,6 +85,7 @@ def finish(
 ) -> Path:
     """Add what is no tensor, flush all to disk and give the folder its name; `sha256` is of files already flushed."""
     write_config(temporary, config)
+    share_alike(temporary, "config.yaml")
     tokenizer.save(temporary)
     own = [p for p in sorted(temporary.iterdir()) if p.is_file()]
     trainer = trainer | {"sha256": sha256 | {p.name: sha256_of(p) for p in own}}

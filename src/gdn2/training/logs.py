@@ -15,7 +15,8 @@ Row = dict[str, Any]
 
 
 class Log(Protocol):
-    def append(self, row: Row) -> None: ...
+    def append(self, row: Row) -> None:
+        """OSError, which names the log, where it cannot be written."""
 
     def close(self) -> None: ...
 
@@ -64,17 +65,21 @@ class TensorBoard:
     def __init__(self, config: RunConfig, run_dir: Path, step: int) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
-        self._writer = SummaryWriter(run_dir / "tensorboard", purge_step=step + 1 if step else None)
+        self._path = run_dir / "tensorboard"
+        with writing(self._path):
+            self._writer = SummaryWriter(self._path, purge_step=step + 1 if step else None)
 
     def append(self, row: Row) -> None:
-        for name, value in scalars(row).items():
-            self._writer.add_scalar(name, value, row["step"])
-        said = text(row)
-        if said is not None:
-            self._writer.add_text(row["kind"], said, row["step"])
+        with writing(self._path):
+            for name, value in scalars(row).items():
+                self._writer.add_scalar(name, value, row["step"])
+            said = text(row)
+            if said is not None:
+                self._writer.add_text(row["kind"], said, row["step"])
 
     def close(self) -> None:
-        self._writer.close()
+        with writing(self._path):
+            self._writer.close()
 
 
 class WeightsAndBiases:

@@ -15,7 +15,7 @@ from torch import nn
 from gdn2.data.disk import writing
 from gdn2.data.shards import IGNORE, Batch, TokenBatches
 from gdn2.layers.delta import DeltaMixer
-from gdn2.layers.gates import Gates
+from gdn2.layers.gates import Gates, OpenGates
 from gdn2.layers.state import DeltaState
 from gdn2.model import LanguageModel
 from gdn2.training.distributed import Ranks
@@ -96,7 +96,8 @@ def inspect(
 @torch.no_grad()
 def layer_statistics(model: nn.Module, batch: Batch) -> list[Row]:
     """For each mixer of a delta rule, first to last: means of erase, write and decay exp(g), the share of erase and
-    write gates within 0.01 of an end of their range, and the root mean square of the memory after the batch."""
+    write gates within 0.01 of an end of their range (0 where they are fixed there, as linear attention's are), and the
+    root mean square of the memory after the batch."""
     seen: list[Row] = []
 
     def watch(mixer: nn.Module, inputs: tuple[Any, ...]) -> None:
@@ -104,14 +105,15 @@ def layer_statistics(model: nn.Module, batch: Batch) -> list[Row]:
         assert isinstance(gates, Gates)
         log_decay, erase, write = gates(inputs[0])
         share = (erase / gates.largest_erase, write / gates.largest_write)
-        ends = [((g < SATURATED) | (g > 1 - SATURATED)).float().mean() for g in share]
+        fixed = isinstance(gates, OpenGates)
+        ends = [0.0 if fixed else float(((g < SATURATED) | (g > 1 - SATURATED)).float().mean()) for g in share]
         seen.append(
             {
                 "mean_erase": float(erase.float().mean()),
                 "mean_write": float(write.float().mean()),
                 "mean_decay": 1.0 if log_decay is None else float(log_decay.float().exp().mean()),
-                "saturated_erase": float(ends[0]),
-                "saturated_write": float(ends[1]),
+                "saturated_erase": ends[0],
+                "saturated_write": ends[1],
             }
         )
 

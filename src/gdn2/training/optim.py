@@ -63,10 +63,10 @@ def takes_no_decay(parameter: nn.Parameter) -> bool:
 
 
 def learning_rate(config: OptimConfig, tokens: int, total_tokens: int) -> float:
-    """The rate of the step that ends at `tokens` seen, of `total_tokens`; the last step's is lr * min_lr_ratio.
+    """The rate of the step that ends at `tokens` seen, of `total_tokens`.
 
     Linear warm-up to lr; then "cosine" falls over all that is left, "wsd" stays and falls linearly over the last
-    decay_tokens, "constant" stays.
+    decay_tokens (not at all while they are 0), both to lr * min_lr_ratio; "constant" stays.
     """
     low = config.min_lr_ratio
     if tokens < config.warmup_tokens:

@@ -71,14 +71,15 @@ def share_of_one(config: RunConfig, devices: int) -> RunConfig:
 
 
 def sharded(found: Memory, config: RunConfig, devices: int, precision: str) -> Memory:
-    """Weights, gradients and optimizer shared out over shards and tensor-parallel ranks, and what is gathered for use:
-    embedding, head and two blocks with their gradients. Activations are taken as if tensor parallelism split none."""
-    _, shards, _, tensor = config.parallel.sizes(devices)
-    if shards * tensor == 1:
+    """Weights, gradients and optimizer shared out over all ranks but replicas, and what is gathered for use: embedding,
+    head and two blocks with their gradients. Activations are taken as if tensor parallelism split none."""
+    _, shards, context, tensor = config.parallel.sizes(devices)
+    ranks = shards * context * tensor
+    if ranks == 1:
         return found
     largest = max(part.gradients for kind, part in found.parts.items() if kind != "loss")
     gathered = found.parts["loss"].gradients + 2 * (largest // (2 if precision == "bf16" else 1)) + 2 * largest
-    weights, gradients, optimizer = (n // (shards * tensor) for n in (found.weights, found.gradients, found.optimizer))
+    weights, gradients, optimizer = (n // ranks for n in (found.weights, found.gradients, found.optimizer))
     saved = found.weights + found.gradients + found.optimizer - weights - gradients - optimizer
     peak = found.peak - saved + gathered
     return replace(found, weights=weights, gradients=gradients, optimizer=optimizer, peak=peak)
@@ -120,11 +121,13 @@ def show(config: RunConfig, run_dir: Path, rate: float | None = None, devices: i
         )
     milestones = 0 if not train.keep_every else costs.steps // train.keep_every
     kept = min(train.keep_last + 1 + milestones, max(1, costs.steps))  # one more while it is written
+    # Of several processes the weights lie twice for a moment: in shares, and joined.
+    room = kept * costs.checkpoint + (costs.model.weight_bytes["float32"] if devices > 1 else 0)
     free = shutil.disk_usage(next(p for p in run_dir.absolute().parents if p.is_dir())).free
     lines.append(
         (
             "disk",
-            f"{size(costs.checkpoint)} a checkpoint, {size(kept * costs.checkpoint)} for {kept}; {size(free)} free",
+            f"{size(costs.checkpoint)} a checkpoint, {size(room)} for {kept}; {size(free)} free",
         )
     )
     if rate is None:

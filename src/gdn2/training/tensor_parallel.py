@@ -23,6 +23,7 @@ from torch.distributed.tensor.parallel import (
 
 from gdn2.layers import SlidingWindowAttention
 from gdn2.layers.delta import DeltaMixer
+from gdn2.layers.gates import OpenGates
 from gdn2.model import Block, LanguageModel
 
 # Parameters that a layer's own code reads, by the module that has them: how they lie, and how their gradients come out.
@@ -53,8 +54,9 @@ def _split_delta(mixer: DeltaMixer, mesh: DeviceMesh, size: int) -> None:
     gates: Any = mixer.gates
     if hasattr(gates, "key_shape"):
         gates.key_shape, gates.value_shape = (heads, mixer.key_dim), (value_heads, mixer.value_dim)
-    if hasattr(gates, "num_heads"):
+    if isinstance(gates, OpenGates):
         gates.num_heads = heads
+        gates.register_forward_pre_hook(_local_input)  # they take only shape and device from it
     split = ["q_proj", "k_proj", "v_proj"]
     split += [f"gates.{name}" for name in ("erase", "write", "beta") if hasattr(gates, name)]
     local: list[tuple[nn.Module, str, tuple[Placement, Placement]]] = [
@@ -91,6 +93,10 @@ def _apply(
         linear = cast(nn.Linear, layer.get_submodule(name))
         linear.weight = nn.Parameter(distribute_tensor(linear.weight.detach(), mesh, [Replicate()]))
     PrepareModuleInput(input_layouts=layouts, desired_input_layouts=layouts)._apply(layer, mesh)
+
+
+def _local_input(_: nn.Module, args: tuple[DTensor]) -> tuple[Any]:
+    return (args[0].to_local(),)
 
 
 def _use_local(

@@ -3,7 +3,6 @@
 import math
 import sys
 import time
-from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -12,20 +11,20 @@ from typing import IO, Any, NamedTuple
 import torch
 
 import gdn2
-from gdn2.config import ConfigError, RunConfig, read_config, require, to_dict, write_config
+from gdn2.config import RunConfig, require, write_config
 from gdn2.data import Shards, TokenBatches, TokenFile, Tokenizer, load_tokenizer
 from gdn2.data.disk import writing
-from gdn2.data.lock import NAME as LOCK
 from gdn2.data.lock import FolderLock
 from gdn2.generate import generate
 from gdn2.info import describe
 from gdn2.model import LanguageModel
 from gdn2.training import checkpoint
-from gdn2.training.checkpoint import CheckpointError
 from gdn2.training.compiling import compile_blocks
+from gdn2.training.device import resolve_device
 from gdn2.training.distributed import RankLostError, Ranks
 from gdn2.training.logs import Log, check_logs, open_logs
 from gdn2.training.metrics import Display, MetricsFile, Row, inspect, language_scores, validate
+from gdn2.training.opening import open_run
 from gdn2.training.optim import build_optimizer, learning_rate
 from gdn2.training.parallel import check_parallel, parallelize
 from gdn2.training.recompute import recompute
@@ -37,15 +36,6 @@ from gdn2.training.throughput import mfu, peak_flops
 from gdn2.training.watch import Watch, peak_memory
 
 PROMPT_TOKENS = 64  # of the first validation document, continued by each sample
-
-# What a resumed run may change: what is looked at, where the data lies and where the arithmetic runs, never the
-# mathematics. SCHEDULE may change too while the learning rates of the past stay the same (see `check_same`).
-FREE = {f"train.{name}" for name in (
-    "eval_every", "eval_tokens", "sample_every", "sample_tokens", "log_every", "checkpoint_every", "keep_last",
-    "keep_every", "background_checkpoints", "max_bad_steps", "device", "compile", "recompute",
-    "watch_every", "logs", "wandb_project", "wandb_offline", "peak_flops",
-)} | {f"parallel.{key}" for key in ("shards", "replicas", "tensor", "context", "timeout")} | {"data.path"}  # fmt: skip
-SCHEDULE = {"train.tokens", "optim.decay_tokens"}
 
 
 class TrainingError(RuntimeError):
@@ -304,92 +294,12 @@ def stopped_early(received: str, trainer: dict[str, Any], stream: IO[str] | None
     return Outcome(trainer.get("step", 0), trainer.get("tokens", 0), received, None)
 
 
-def resolve_device(config: RunConfig, key: str = "train.device") -> tuple[torch.device, AbstractContextManager, str]:
-    """Device, autocast context and the precision's name. ConfigError, which calls it `key`, for one not here."""
-    name = config.train.device
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    device = torch.device(name)
-    present = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    require(device.type == "cpu" or (device.index or 0) < present, key, name, "a device of this machine")
-    precision = config.train.precision
-    if precision == "auto":
-        precision = "bf16" if device.type == "cuda" else "fp32"
-    if precision == "bf16":
-        return device, torch.autocast(device.type, torch.bfloat16), precision
-    return device, nullcontext(), precision
-
-
 def check_vocabulary(config: RunConfig, shards: Shards) -> None:
     require(
         config.model.vocab_size >= shards.meta.vocab_size,
         "model.vocab_size", config.model.vocab_size,
         f"at least the {shards.meta.vocab_size} of the data's tokenizer {shards.meta.tokenizer!r}",
     )  # fmt: skip
-
-
-def open_run(
-    config: RunConfig, run_dir: Path, resume: bool, source: dict[str, str], contents: bool = True
-) -> tuple[Path | None, dict[str, Any]]:
-    """The checkpoint to start from, verified, and its trainer values; None and nothing for a new run.
-
-    Without `contents` its files are not read: another process of this machine does that. Touches nothing. ValueError
-    for a new run in a folder that is not empty; CheckpointError when there is nothing to resume or it is damaged;
-    ConfigError when the configuration differs in more than it may.
-    """
-    found = checkpoint.checkpoints(run_dir)
-    if not found and (run_dir / "metrics.jsonl").is_file():
-        raise CheckpointError(
-            f"the run in {str(run_dir)!r} ended before its first checkpoint; remove that folder and start again "
-            "without --resume, perhaps with a smaller train.checkpoint_every"
-        )
-    if not resume:
-        check_unused(run_dir)
-        return None, {}
-    if not found:
-        raise CheckpointError(f"{str(run_dir)!r} holds no checkpoint to resume from; start without --resume")
-    trainer = checkpoint.verify(found[-1], contents=contents)
-    check_same(read_config(found[-1]), config, trainer["step"])
-    for key, now in source.items():
-        if trainer[key] != now:
-            raise ConfigError(f"cannot resume {str(run_dir)!r}: {key} was {trainer[key]}, is {now}")
-    return found[-1], trainer
-
-
-def check_unused(run_dir: Path) -> None:
-    """ValueError where a new run cannot begin, since something is there."""
-    if run_dir.exists() and (not run_dir.is_dir() or any(p.name != LOCK for p in run_dir.iterdir())):
-        raise ValueError(f"{str(run_dir)!r} is not empty; resume the run in it, or choose another folder")
-
-
-def check_same(old: RunConfig, new: RunConfig, step: int) -> None:
-    """ConfigError when a run with `step` steps done under `old` would not be the same run under `new`.
-
-    What is in FREE may change. The length of the run and of its decay may too, as long as every step done so far
-    would have had the same learning rate: with "constant" always, with "wsd" before the decay, with "cosine" never
-    after the warm-up.
-    """
-    before, after = flatten(to_dict(old)), flatten(to_dict(new))
-    changed = [key for key in before if before[key] != after[key] and key not in FREE]
-    if changed and set(changed) <= SCHEDULE and step <= new.steps and rates(old, step) == rates(new, step):
-        return
-    if changed:
-        lines = "".join(f"\n  {key}: was {before[key]!r}, is {after[key]!r}" for key in changed)
-        raise ConfigError(f"cannot resume with another configuration; put these back or start a new run:{lines}")
-
-
-def flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested keys as dotted ones."""
-    flat: dict[str, Any] = {}
-    for key, value in values.items():
-        flat |= flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
-    return flat
-
-
-def rates(config: RunConfig, steps: int) -> Sequence[float]:
-    """The learning rates of the first `steps` steps."""
-    batch, total = config.train.batch_tokens, config.steps * config.train.batch_tokens
-    return [learning_rate(config.optim, step * batch, total) for step in range(1, steps + 1)]
 
 
 def due(step: int, every: int) -> bool:
