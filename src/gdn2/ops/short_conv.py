@@ -80,7 +80,8 @@ def short_conv(
 def sequence_of_token(cu_seqlens: Tensor, tokens: int) -> Tensor:
     """[tokens] int64: the packed sequence of each token: the number of sequences that end at or before it."""
     at = torch.arange(tokens, device=cu_seqlens.device, dtype=cu_seqlens.dtype)
-    return torch.bucketize(at, cu_seqlens[1:], right=True)
+    # Not a part of cu_seqlens: inductor takes a slice for the whole on a GPU (pytorch issue 182343).
+    return torch.bucketize(at, cu_seqlens, right=True) - 1
 
 
 def _taps(inputs: Tensor, taps: Tensor) -> Tensor:
