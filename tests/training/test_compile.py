@@ -140,6 +140,26 @@ def test_the_operator_is_one_node_of_a_block() -> None:
     assert sum("gdn2" in node and "chunk" in node for node in nodes) == 1
 
 
+@pytest.mark.parametrize("name", ["gdn2", "window", "mamba2", "mamba3"])
+def test_compiled_blocks_search_in_no_slice(name: str) -> None:
+    """On a GPU inductor takes the slice for what it was cut from, and positions are wrong (pytorch issue 182343)."""
+    bounds: list[Any] = []
+
+    def look(graph: GraphModule, _: Any) -> Any:
+        for node in graph.graph.nodes:
+            if node.target in (torch.bucketize, torch.searchsorted):
+                bounds.append(node.args[1 if node.target is torch.bucketize else 0])
+        return graph.forward
+
+    torch.manual_seed(0)
+    model = LanguageModel(ModelConfig(**SMALL | MODELS[name]))
+    compile_blocks(model, backend=look, fullgraph=True)
+    tokens = torch.zeros(1, 24, dtype=torch.int64)
+    model.loss(tokens, tokens, packed(10, 14))
+    assert bounds
+    assert {node.op for node in bounds} == {"placeholder"}
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize("name", ["gdn2", "window"])
