@@ -22,8 +22,8 @@ def rule_from_projections(
     k: Tensor,
     v: Tensor,
     decay: Tensor | None,
-    erase: Tensor,
-    write: Tensor,
+    erase: Tensor | None,
+    write: Tensor | None,
     rate: Tensor | None,
     delta: Tensor | None,
     *,
@@ -38,8 +38,8 @@ def rule_from_projections(
 
     Args:
         q, k: [B, T, H, K]. v: [B, T, HV, V].
-        decay: [B, T, H, K or 1], None for no decay; erase: [B, T, H, K or 1]; write: [B, T, HV, V or 1]. All before
-            their activation.
+        decay: [B, T, H, K or 1], None for no decay; erase: [B, T, H, K or 1], None for no erasing; write: [B, T, HV,
+            V or 1], None for 1. All before their activation.
         rate: [H], delta: [H * K], or [H] where decay has one channel; float32; both None without decay.
         largest_erase, largest_write: what a gate reaches at most; 2 with negative eigenvalues.
         initial_state, output_final_state, cu_seqlens: as for `gated_delta_rule_2`.
@@ -68,7 +68,8 @@ def rule_from_projections(
         log_decay = log_decay_of(decay, rate, delta)
     return operator(
         unit_length(q), unit_length(k), v, log_decay,
-        largest_erase * torch.sigmoid(erase), largest_write * torch.sigmoid(write),
+        None if erase is None else largest_erase * torch.sigmoid(erase),
+        None if write is None else largest_write * torch.sigmoid(write),
         scale=None, initial_state=initial_state, output_final_state=output_final_state, cu_seqlens=cu_seqlens,
         backend=backend,
     )  # fmt: skip

@@ -3,6 +3,8 @@
 With a GPU they run there, else under the interpreter in float32. Tests marked `gpu` need the real thing.
 """
 
+from dataclasses import replace
+
 import pytest
 import torch
 from operands import DECAYS, assert_close, draw, relative, results
@@ -67,6 +69,20 @@ def test_kernels_match_recurrent_for_any_heads(H, HV, K, V):
 @pytest.mark.parametrize("decay", DECAYS)
 def test_kernels_are_exact_for_every_decay(decay):
     held_to_reference(draw(B=1, T=36, H=1, K=16, V=16, decay=decay))
+
+
+@pytest.fixture
+def chunks_of_64():
+    """As on a GPU, where the interpreter takes 16: the inverse doubles its blocks twice more."""
+    name, config = configs.named_config(torch.float32, 16, 16, configs.shared_memory(torch.device(DEVICE)))
+    with configs.using({name: replace(config, chunk=64)} if DEVICE == "cpu" else {}):
+        yield
+
+
+@pytest.mark.usefixtures("chunks_of_64")
+@pytest.mark.parametrize("decay", ["layer", "-5", "mixed"])
+def test_long_chunks_match_recurrent(decay):
+    held_to_reference(draw(B=1, T=100, H=1, K=16, V=16, decay=decay))
 
 
 @pytest.mark.parametrize("missing", ["log_decay", "erase", "write", "initial_state"])

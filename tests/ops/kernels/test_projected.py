@@ -23,8 +23,10 @@ def draw(B=1, T=36, H=1, HV=None, K=16, V=16, N=None, decay="channel", erase="ch
     x = {"q": 3 * normal(B, T, H, K), "k": 0.2 * normal(B, T, H, K), "v": normal(B, T, HV, V)}
     if decay != "none":
         x |= {"decay": size * normal(B, T, H, width[decay]), "rate": normal(H), "delta": normal(H * width[decay]) - 4}
-    x["erase"] = size * normal(B, T, H, width[erase])
-    x["write"] = size * normal(B, T, HV, V if write == "channel" else 1)
+    if erase != "none":
+        x["erase"] = size * normal(B, T, H, width[erase])
+    if write != "none":
+        x["write"] = size * normal(B, T, HV, V if write == "channel" else 1)
     return x | {"initial_state": normal(N or B, HV, K, V)}
 
 
@@ -73,6 +75,11 @@ def test_projections_match_float64_with_all_gradients(shape, largest):
 @pytest.mark.parametrize(("decay", "erase"), [("channel", "head"), ("head", "head"), ("none", "head")])
 def test_projections_of_the_other_rules_match_float64(decay, erase):
     held_to_float64(draw(H=2, K=24, decay=decay, erase=erase, write="head"))
+
+
+@pytest.mark.parametrize(("erase", "write"), [("none", "channel"), ("none", "none"), ("channel", "none")])
+def test_projections_without_gates_match_float64(erase, write):
+    held_to_float64(draw(T=20, HV=2, erase=erase, write=write), largest_erase=2.0, largest_write=2.0)
 
 
 def test_packed_projections_match_float64():

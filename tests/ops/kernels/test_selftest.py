@@ -5,7 +5,7 @@ import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
@@ -124,13 +124,11 @@ def test_a_case_that_crashes_or_is_not_a_number_is_wrong():
 def test_what_was_found_wrong_is_refused_from_then_on(empty_cache):
     call()
     keep(verdicts.Verdict(True, {NAME: "d k is off by 0.54"}))
-    configs.plan.cache_clear()
     with pytest.raises(ValueError, match=r"'float32, heads up to 128' are wrong on this GPU.*d k is off by 0\.54"):
         call()
     with configs.using({}):  # the self-test itself
         call()
     keep(verdicts.Verdict(True))
-    configs.plan.cache_clear()
     call()
     assert len(json.loads((empty_cache / "kernels.json").read_text())) == 1
 
@@ -138,7 +136,6 @@ def test_what_was_found_wrong_is_refused_from_then_on(empty_cache):
 def test_tuned_configurations_are_used():
     config = replace(tables.INTERPRETED, chunk=32)
     keep(verdicts.Verdict(tuned={NAME: config}))
-    configs.plan.cache_clear()
     assert configs.plan(torch.float32, DEVICE, 1, 16, 1, 16)[0] == config
 
 
@@ -148,10 +145,32 @@ def test_another_version_of_triton_has_no_verdict(monkeypatch):
     assert verdicts.load(DEVICE) == verdicts.Verdict()
 
 
-@pytest.mark.parametrize(("text", "words"), [("{", "is not JSON"), ("[]", "holds no JSON object")])
-def test_a_damaged_file_is_reported(text, words, empty_cache):
-    (empty_cache / "kernels.json").write_text(text)
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [(b"{", "is not JSON"), (b"\xff\xfe", "is not JSON"), (b"[" * 100_000, "is not JSON"), (b"[]", "no JSON object")],
+    ids=["half", "no text", "deep", "a list"],
+)
+def test_a_damaged_file_is_reported(content, words, empty_cache):
+    (empty_cache / "kernels.json").write_bytes(content)
     with pytest.raises(ValueError, match=words):
+        call()
+
+
+@pytest.mark.parametrize(
+    "entry",
+    [
+        None,
+        {"wrong": ["no pairs"]},
+        {"tuned": {NAME: {"chunk": 16}}},
+        {"tuned": {NAME: asdict(tables.INTERPRETED) | {"chunk": "16"}}},
+        {"tuned": {NAME: asdict(tables.INTERPRETED) | {"scan": [16, 1]}}},
+        {"tuned": {NAME: asdict(tables.INTERPRETED) | {"scan": 16}}},
+    ],
+    ids=str,
+)
+def test_an_entry_of_another_kind_is_reported(entry, empty_cache):
+    (empty_cache / "kernels.json").write_text(json.dumps({verdicts._key(DEVICE): entry}))
+    with pytest.raises(ValueError, match=r"is not from `gdn2 selftest`.*delete it"):
         call()
 
 

@@ -102,10 +102,13 @@ def attend(
     """o [N, heads, D] of one token of N sequences; its key and value go into the rings, and positions count it.
 
     q, k, v [N, heads, D] before rotation; frequencies [D / 2] float64, radians a token; keys, values [N, slots, heads,
-    D] of the same dtype, contiguous; position [N] int64. No gradients.
+    D] of the same dtype; position [N] int64. No gradients. ValueError for rings and positions that are not contiguous.
     """
     (N, heads, D), slots = q.shape, keys.shape[1]
-    q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
+    for name, x in (("keys", keys), ("values", values), ("position", position)):
+        if not x.is_contiguous():
+            raise ValueError(f"{name} of the state have strides {x.stride()}; expected them contiguous")
+    q, k, v, frequencies = q.contiguous(), k.contiguous(), v.contiguous(), frequencies.contiguous()
     tiles = triton.cdiv(slots, TILE)
     verdicts.demand(verdicts.DECODE, q.device)
     part = torch.empty(N, heads, tiles, D + 2, dtype=torch.float32, device=q.device)

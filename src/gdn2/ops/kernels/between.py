@@ -48,7 +48,7 @@ def swiglu_product(both_ptr, y_ptr, W: tl.constexpr, BLOCK: tl.constexpr):
 def add_rms_norm(x: Tensor, added: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     """x + added and its RMSNorm, both in x's dtype; x and added [..., D], weight [D]."""
     D = x.shape[-1]
-    x, added = x.contiguous(), added.contiguous()
+    x, added, weight = x.contiguous(), added.contiguous(), weight.contiguous()
     verdicts.demand(verdicts.DECODE, x.device)
     total, y = torch.empty_like(x), torch.empty_like(x)
     run(add_and_normalize, x.numel() // D, (x, added, weight, total, y, eps), (D, triton.next_power_of_2(D)))

@@ -141,6 +141,9 @@ def plan(dtype: torch.dtype, device: torch.device, H: int, K: int, HV: int, V: i
     return config, Shape(H, HV, K, V, KP, VP, config.chunk, LOG_C, DT, PREC, SOLVE, 20.0 if exact else 70.0, buffer)
 
 
+verdicts.caches.append(plan)
+
+
 def scan_tile(config: Config, spans: int, s: Shape) -> tuple[int, int, int]:
     """BV, warps and stages of a scan over so many sequences or segments."""
     programs = spans * s.HV * s.VP // config.scan[0]

@@ -280,7 +280,7 @@ def _places(x: Tensor, cu_seqlens: Tensor | None) -> tuple[Tensor | None, Tensor
     if cu_seqlens is None:
         return None, None, None
     tokens, N = x.shape[1], cu_seqlens.shape[0] - 1
-    starts = cu_seqlens.to(x.device)
+    starts = cu_seqlens.to(x.device).contiguous()
     position, sequence = torch.empty(2, tokens, dtype=torch.int32, device=x.device)
     steps = 8 * triton.cdiv(N.bit_length(), 8)  # few values, so that few variants are compiled
     run(locate_tokens, triton.cdiv(tokens, 128), (starts, position, sequence, tokens, N), (steps, 128))

@@ -182,6 +182,7 @@ def _launch(
     verdicts.demand(verdicts.DECODE, token.k.device)
     token = Token(*(x if x.stride(1) == 1 else x.contiguous() for x in token))  # rows of a wider tensor stay there
     weights = Weights(*(x.contiguous() for x in weights))
+    slots = None if slots is None else slots.contiguous()
     strides = [x.stride(0) for x in token]
     ready = torch.empty(N, 4, H, K, dtype=torch.float32, device=token.k.device)
     z = torch.empty(N, HV, V, dtype=torch.float32, device=token.k.device)

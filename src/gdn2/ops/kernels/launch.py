@@ -323,7 +323,7 @@ def step(
     _, s = plan(v.dtype, v.device, H, K, HV, V)
     if state.dtype != torch.float32 or not state.is_contiguous():
         raise ValueError(f"state is {state.dtype} with strides {state.stride()}; expected contiguous float32")
-    q, k, v, log_decay, erase, write = _dense(q, k, v, log_decay, erase, write)
+    q, k, v, log_decay, erase, write, slots = _dense(q, k, v, log_decay, erase, write, slots)
     o = torch.empty_like(v)
     BV = min(16 if INTERPRET else 32, s.VP)
     run(

@@ -32,7 +32,10 @@ def obstacle(v: Tensor, K: int) -> str | None:
 def _activation(
     rate: Tensor | None, delta: Tensor | None, largest_erase: float, largest_write: float, projected: bool
 ) -> launch.Activation | None:
-    return launch.Activation(rate, delta, largest_erase, largest_write) if projected else None
+    if not projected:
+        return None
+    rate, delta = (None if x is None else x.contiguous() for x in (rate, delta))
+    return launch.Activation(rate, delta, largest_erase, largest_write)
 
 
 @op("gdn2::triton")

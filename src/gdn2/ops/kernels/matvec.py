@@ -51,7 +51,8 @@ def multiply_rows(
 def multiply(x: Tensor, codes: Tensor, scale: Tensor, bias: Tensor | None = None) -> Tensor:
     """y [N, O] in x's dtype of x [N, I], codes [O, I] int8 or float8_e4m3fn, scale [O] float32 and bias [O]."""
     (N, I), O = x.shape, codes.shape[0]
-    x = x.contiguous()
+    x, codes, scale = x.contiguous(), codes.contiguous(), scale.contiguous()
+    bias = None if bias is None else bias.contiguous()
     y = x.new_empty(N, O)
     verdicts.demand(verdicts.DECODE, x.device)
     rows = min(ROWS, triton.next_power_of_2(max(N, 1)))

@@ -110,8 +110,8 @@ def _forward(
     """y, and the sum where there is one."""
     D = x.shape[-1]
     R, (BD, BR, _, warps) = x.numel() // D, _tile(D)
-    x, gate = x.contiguous(), None if gate is None else gate.contiguous()
-    added = None if added is None else added.contiguous()
+    x = x.contiguous()
+    added, weight, gate = (None if t is None else t.contiguous() for t in (added, weight, gate))
     verdicts.demand(verdicts.AROUND, x.device)
     y = torch.empty(x.shape, dtype=dtype, device=x.device)
     total = None if added is None else torch.empty_like(x, dtype=torch.promote_types(x.dtype, added.dtype))
@@ -127,8 +127,8 @@ def _back(
     """Gradients of x, what is added to it, weight and gate; empty where there is none."""
     D = x.shape[-1]
     R, (BD, BR, tiles, warps) = x.numel() // D, _tile(D)
-    dy, x, gate = dy.contiguous(), x.contiguous(), None if gate is None else gate.contiguous()
-    dtotal = None if dtotal is None else dtotal.contiguous()
+    dy, x = dy.contiguous(), x.contiguous()
+    dtotal, weight, gate = (None if t is None else t.contiguous() for t in (dtotal, weight, gate))
     dx, dgate = torch.empty_like(x), x.new_empty(0) if gate is None else torch.empty_like(gate)
     dadded = x.new_empty(0) if added is None else torch.empty_like(x, dtype=added)
     programs = triton.cdiv(R, BR * tiles)

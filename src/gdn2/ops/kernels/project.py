@@ -140,7 +140,8 @@ def project(
         if tensor is not None and (tensor.shape != shape or (tensor is weight and not weight.is_contiguous())):
             found = f"{name} has shape {list(tensor.shape)} and strides {tensor.stride()}"
             raise ValueError(f"{found}; expected {list(shape)}, contiguous, beside x of {list(x.shape)}")
-    x, added = x.contiguous(), None if added is None else added.contiguous()
+    x = x.contiguous()
+    norm, added = (None if t is None else t.contiguous() for t in (norm, added))
     verdicts.demand(verdicts.DECODE, x.device)
     y = x.new_empty(*x.shape[:-1], O, dtype=dtype or x.dtype)
     early, size = begin_early(x.device), weight.element_size()

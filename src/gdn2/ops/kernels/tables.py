@@ -27,9 +27,15 @@ class Config:
 
     @classmethod
     def of(cls, values: dict[str, Any]) -> "Config":
-        """From what `dataclasses.asdict` and JSON made of one. TypeError for other fields."""
+        """From what `dataclasses.asdict` and JSON made of one. TypeError for other fields and values."""
         fields: dict[str, Any] = {name: tuple(x) if isinstance(x, list) else x for name, x in values.items()}
-        return cls(**fields)
+        config = cls(**fields)
+        for name, x in fields.items():
+            like = getattr(INTERPRETED, name)
+            numbers, expected = ((y,) if isinstance(like, int) else y for y in (x, like))
+            if not isinstance(numbers, tuple) or [type(n) for n in numbers] != [int] * len(expected):
+                raise TypeError(f"{name} is {x!r}")
+        return config
 
 
 # By bytes of an operand: (largest padded head size, bytes of shared memory needed, configuration), first match.

@@ -54,7 +54,7 @@ def load(device: torch.device) -> Verdict:
     try:
         tuned = {name: Config.of(values) for name, values in entry.get("tuned", {}).items()}
         return Verdict(bool(entry.get("checked")), dict(entry.get("wrong", {})), tuned)
-    except (TypeError, AttributeError) as error:
+    except (TypeError, ValueError, AttributeError) as error:
         raise ValueError(f"{path()} is not from `gdn2 selftest` ({error}); delete it and run that again") from None
 
 
@@ -72,7 +72,8 @@ def update(device: torch.device, change: Callable[[Verdict], Verdict]) -> None:
         temporary = path().with_suffix(f".{os.getpid()}.tmp")
         temporary.write_text(json.dumps(entries, indent=1))
         temporary.replace(path())
-    _remembered.cache_clear()
+    for cache in caches:
+        cache.cache_clear()
 
 
 @contextmanager
@@ -106,12 +107,15 @@ def _remembered(device: torch.device) -> Verdict:
         return Verdict()
 
 
+caches: list[Any] = [_remembered]  # what was made of verdicts, forgotten when one changes
+
+
 def _read() -> dict[str, Any]:
     if not path().exists():
         return {}
     try:
         entries = json.loads(path().read_text())
-    except json.JSONDecodeError as error:
+    except (ValueError, RecursionError) as error:  # nor any text
         raise ValueError(f"{path()} is not JSON ({error}); delete it and run `gdn2 selftest` again") from None
     if not isinstance(entries, dict):
         raise ValueError(f"{path()} holds no JSON object; delete it and run `gdn2 selftest` again")
