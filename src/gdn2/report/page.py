@@ -58,13 +58,13 @@ def _runs(found: Sequence[Run], number: "count[int]") -> list[Section]:
     parts.append(grid(curves))
     maps = []
     for run in found:
-        for task, result in run.results.items():
+        for name, result in run.results.items():
             if result.get("depths"):
                 maps.append(
                     figure(
-                        f"{run.name}: {task}, percent found",
+                        f"{run.name}: {name}; percent found",
                         heat(
-                            f"{task} of {run.name}: percent found by depth and length",
+                            f"{name}, of {run.name}: percent found by depth and length",
                             list(zip(*result["grid"])),
                             [f"{depth:g} %" for depth in result["depths"]],
                             [f"{length:,}" for length in result["lengths"]],

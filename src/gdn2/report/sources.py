@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from gdn2.config import RunConfig, read_config
-from gdn2.evaluation import report as results
+from gdn2.evaluation import results
 from gdn2.training.metrics import read_metrics
 
 Row = dict[str, Any]
