@@ -29,6 +29,7 @@ from variants import MIXERS, chosen
 from gdn2.config import ModelConfig, OptimConfig
 from gdn2.data.synthetic import MQAR, S5, Deletion, Overwrite, Parity, Sharing, SyntheticTask
 from gdn2.report.experiments import memory_entries, memory_tables
+from gdn2.training import TrainingError
 from gdn2.training.tasks import TEST_SEED, TaskRun, train_task
 
 USUAL = ("gdn2", "kda", "gdn", "deltanet", "linear", "mamba2", "mamba3")
@@ -106,7 +107,10 @@ def measure(setting: Row, size: Size, device: str) -> Row:
     task = size.tasks[setting["task"]]
     run = replace(size.run, optim=replace(size.run.optim, lr=setting["lr"]))
     began = time.perf_counter()
-    result = train_task(ModelConfig(**setting["model"]), task, run, setting["seed"], device)
+    try:
+        result = train_task(ModelConfig(**setting["model"]), task, run, setting["seed"], device)
+    except TrainingError as error:  # a result too: the grid goes on, and the row says so
+        result = {"failed": str(error)}
     spent = {"seconds": time.perf_counter() - began}
     return {"key": rows.key_of(setting), **setting, **result, **spent, "questions_sha256": questions(task, run, device)}
 
@@ -148,7 +152,7 @@ def main(arguments: list[str] | None = None) -> None:
     settings = list(grid(size, tasks, mixers))
     measured = rows.work(settings, out, options, partial(measure, size=size, device=options.device), describe)
     if not options.dry_run:
-        rows.show(memory_tables(memory_entries(measured)))
+        rows.show(memory_tables(memory_entries(measured)), measured)
 
 
 def memory_of(parser: argparse.ArgumentParser, text: str) -> tuple[int, int]:
@@ -161,8 +165,11 @@ def memory_of(parser: argparse.ArgumentParser, text: str) -> tuple[int, int]:
 
 def describe(row: Row) -> str:
     """One line about a row."""
+    name = f"{row['task']} {row['mixer']} {row['memory']} lr {row['lr']:g} seed {row['seed']}"
+    if "failed" in row:
+        return f"{name}: {row['failed']}"
     found = " ".join(f"{entry['load']}:{entry['accuracy']:.3f}" for entry in row["by_load"])
-    return f"{row['task']} {row['mixer']} {row['memory']} lr {row['lr']:g} seed {row['seed']}: {found}"
+    return f"{name}: {found}"
 
 
 if __name__ == "__main__":

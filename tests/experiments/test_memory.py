@@ -98,6 +98,21 @@ def test_rows_side_by_side_are_those_in_turn(tmp_path, capsys):
         assert row["loss"] == pytest.approx(expected[key]["loss"], rel=1e-4)  # of another number of threads
 
 
+def test_a_training_that_diverges_is_a_row_that_says_so_and_the_grid_goes_on(tmp_path, capsys):
+    out = tmp_path / "rows.jsonl"
+    memory.main([*TINY, "--mixers", "gdn2", "--rates", "1e30,1e-2", "--out", str(out)])
+    broken, good = rows.read(out).values()
+    assert broken["failed"].startswith("the loss of step ")
+    assert "by_load" not in broken
+    assert "by_load" in good
+    shown = capsys.readouterr().out
+    assert "overwrite gdn2 [1, 32, 32] lr 1e+30 seed 0: the loss of step" in shown
+    name = "overwrite, memory 1 x 32 x 32 a layer, 25 steps of 2, warm-up of 20: gdn2"
+    assert f"{name} at learning rate 1e+30, seed 0, failed: {broken['failed']}." in shown
+    memory.main([*TINY, "--mixers", "gdn2", "--rates", "1e30,1e-2", "--out", str(out), "--summary"])
+    assert "2 rows, 0 missing" in capsys.readouterr().out
+
+
 def test_a_row_says_whether_its_code_is_that_of_its_commit(tmp_path, monkeypatch):
     package = tmp_path / "gdn2"
     package.mkdir()

@@ -15,6 +15,7 @@ from gdn2.report.experiments import (
 )
 from gdn2.report.sources import read_rows, read_sources
 from gdn2.report.tables import mean_and_interval
+from gdn2.report.write import write_report
 
 
 def test_memory_rates_are_chosen_by_validation_and_test_questions_shown(experiments):
@@ -66,13 +67,24 @@ def test_language_rates_are_chosen_by_bits_and_kinds_stand_together(experiments)
     assert len(language_tables(language_entries(rows + other))) == 7  # another text is never mixed in
 
 
-def test_failed_rows_are_named_and_counted_nowhere():
+def test_failed_rows_are_named_and_counted_nowhere(tmp_path):
     failed = {key: value for key, value in language_row("a", "kda", 1e-2, 0).items() if key not in ("needles", "loss")}
     del failed["language"]
     rows = [failed | {"failed": "stopped at step 3"}, language_row("b", "kda", 1e-3, 0)]
     (entry,) = language_entries(rows)
     assert (entry.lr, entry.rates) == (1e-3, (1e-3,))
     assert failures(rows) == ["recurrent kda at learning rate 0.01, seed 0, failed: stopped at step 3"]
+    lost = {
+        key: value for key, value in memory_row("a", "kda", 1e-2, 1).items() if key not in ("by_load", "validation")
+    }
+    rows = [lost | {"failed": "the loss was not finite"}, memory_row("b", "kda", 1e-3, 0)]
+    (entry,) = memory_entries(rows)
+    assert (entry.lr, len(entry.rows)) == (1e-3, 1)
+    name = "mqar, memory 1 x 16 x 16 a layer, 2,000 steps of 64: kda"
+    assert failures(rows) == [f"{name} at learning rate 0.01, seed 1, failed: the loss was not finite"]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    html = write_report([tmp_path / "rows.jsonl"], tmp_path / "report.html").read_text()
+    assert f"<p>{name} at learning rate 0.01, seed 1, failed: the loss was not finite.</p>" in html
 
 
 def test_differences_are_between_the_same_seeds_with_students_interval():

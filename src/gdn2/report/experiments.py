@@ -64,27 +64,29 @@ def entries_of(
 
 
 def failures(rows: Sequence[Row]) -> list[str]:
-    """A sentence for each row whose training failed."""
-    failed = [row for row in rows if "failed" in row]
+    """A sentence for each row whose training failed; it is in no entry, and so in no mean."""
     return [
-        f"{row['kind']} {row['mixer']} at learning rate {row['lr']:g}, seed {row['seed']}, failed: {row['failed']}"
-        for row in failed
+        f"{_model_of(row)} at learning rate {row['lr']:g}, seed {row['seed']}, failed: {row['failed']}"
+        for row in rows
+        if "failed" in row
     ]
+
+
+def _model_of(row: Row) -> str:
+    if row["experiment"] == "memory":
+        return f"{memory_title(_memory_group(row))}: {row['mixer']}"
+    return f"{row['kind']} {row['mixer']}"
 
 
 def memory_entries(rows: Sequence[Row]) -> list[Entry]:
     """Of the experiment "memory", by task, memory, steps of training, sequences a step, steps of warm-up, precision."""
+    return entries_of(rows, _memory_group, lambda row: -fmean(answer["accuracy"] for answer in row["validation"]))
 
-    def group(row: Row) -> tuple[Any, ...]:
-        run = row["run"]
-        warm_up = run["optim"]["warmup_tokens"]
-        return row["task"], tuple(row["memory"]), run["steps"], run["batch"], warm_up, run["precision"]
 
-    return entries_of(
-        rows,
-        group,
-        lambda row: -fmean(answer["accuracy"] for answer in row["validation"]),
-    )
+def _memory_group(row: Row) -> tuple[Any, ...]:
+    run = row["run"]
+    warm_up = run["optim"]["warmup_tokens"]
+    return row["task"], tuple(row["memory"]), run["steps"], run["batch"], warm_up, run["precision"]
 
 
 def language_entries(rows: Sequence[Row]) -> list[Entry]:
