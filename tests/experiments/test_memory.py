@@ -9,6 +9,7 @@ from types import SimpleNamespace
 import memory
 import pytest
 import rows
+from report.conftest import memory_row
 
 TINY = ["--device", "cpu", "--steps", "25", "--batch", "2"]
 
@@ -139,7 +140,7 @@ def slow_or_broken(setting):
     if setting["name"] == "broken":
         raise RuntimeError("out of memory")
     time.sleep(setting["seconds"])
-    return {"experiment": "memory", "key": rows.key_of(setting), **setting}
+    return memory_row(rows.key_of(setting), "gdn2", 1e-3, 0) | setting
 
 
 def test_a_row_that_raises_costs_none_that_is_measured_beside_it(tmp_path):

@@ -5,6 +5,7 @@ import json
 import pytest
 from report.conftest import language_row, memory_row
 
+from gdn2.cli import main
 from gdn2.report.experiments import (
     failures,
     language_entries,
@@ -100,9 +101,13 @@ def test_differences_are_between_the_same_seeds_with_students_interval():
 
 def test_what_is_no_row_is_named(tmp_path):
     path = tmp_path / "rows.jsonl"
-    path.write_text('{"key": "a", "experiment": "memory"}\n{"key": "half')
+    path.write_text(json.dumps(memory_row("a", "gdn2", 1e-3, 0)) + '\n{"key": "half')
     assert list(read_rows(path)) == ["a"]
-    for text, message in (("[]\n", "1: no row"), ('{"key": "a", "experiment": "speed"}\n', "experiment is 'speed'")):
+    for text, message in (
+        ("[]\n", r"rows\.jsonl:1: no row of an experiment: all of it is \[\]; expected an object"),
+        ('{"key": "a", "experiment": "speed"}\n', "1: no row of an experiment: experiment is 'speed'; expected one of"),
+        (json.dumps(language_row("a", "gdn2", 1e-3, 0) | {"kind": "odd"}) + "\n", "kind is 'odd'; expected one of rec"),
+    ):
         path.write_text(text)
         with pytest.raises(ValueError, match=message):
             read_rows(path)
@@ -115,3 +120,52 @@ def test_what_is_no_row_is_named(tmp_path):
     assert len(read_sources([tmp_path]).rows["memory"]) == 1
     with pytest.raises(ValueError, match="holds nothing new"):
         read_sources([path, tmp_path])
+
+
+def leaves(value, path=()):
+    """The paths to every plain value of a row, the first item standing for all of a list."""
+    if isinstance(value, dict):
+        return [leaf for key, inner in value.items() for leaf in leaves(inner, (*path, key))]
+    if isinstance(value, list) and value:
+        return leaves(value[0], (*path, 0))
+    return [path]
+
+
+@pytest.mark.parametrize("make", [memory_row, language_row])
+@pytest.mark.parametrize("change", ["missing", "of another kind"])
+def test_a_row_that_lacks_what_tables_show_is_named_with_its_line_and_field(tmp_path, capsys, make, change):
+    """A command for the first field, the reader for all the others."""
+    path = tmp_path / "rows.jsonl"
+    whole = make("a", "gdn2", 1e-3, 0)
+    unused = {("parameters",), ("validation", 0, "load")} if make is memory_row else set()
+    for leaf in leaves(whole):
+        if leaf in unused or (change == "missing" and isinstance(leaf[-1], int)):  # or a list that is shorter
+            continue
+        row = json.loads(json.dumps(whole))
+        inside = row
+        for step in leaf[:-1]:
+            inside = inside[step]
+        if change == "missing":
+            del inside[leaf[-1]]
+        else:
+            inside[leaf[-1]] = ["x"]
+        path.write_text(json.dumps(whole) + "\n" + json.dumps(row) + "\n")
+        with pytest.raises(ValueError, match=rf"rows\.jsonl:2: no row of an experiment: .*{leaf[-1]}"):
+            read_rows(path)
+    with pytest.raises(SystemExit) as left:
+        main(["report", str(path), "--out", str(tmp_path / "report.html")])
+    assert left.value.code == 2
+    assert "rows.jsonl:2: no row of an experiment: " in capsys.readouterr().err
+
+
+def test_rows_that_were_asked_at_other_loads_or_lengths_share_no_table():
+    rows = [memory_row("a", "gdn2", 1e-3, 0), memory_row("b", "kda", 1e-3, 0)]
+    rows[1]["by_load"].pop()
+    with pytest.raises(
+        ValueError, match=r"rows a and b belong in one table, and one was asked \[4, 8\], the other \[4\]"
+    ):
+        memory_entries(rows)
+    rows = [language_row("a", "gdn2", 1e-3, 0), language_row("b", "kda", 1e-3, 0)]
+    rows[1]["needles"].pop()
+    with pytest.raises(ValueError, match="rows a and b belong in one table"):
+        language_entries(rows)

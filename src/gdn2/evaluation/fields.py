@@ -35,15 +35,15 @@ def _at(record: Any, path: str) -> list[tuple[str, Any]]:
 
 
 def _in(name: str, value: Any, step: str) -> list[tuple[str, Any]]:
+    """The items of a value that a step of a path leads to, by name."""
+    what = f"field {name!r}" if name else "all of it"
     if step in ("*", "+"):
         items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else None
         if items is None or (step == "+" and not value):
-            raise ValueError(
-                f"field {name!r} is {value!r}; expected {'one or more' if step == '+' else 'a list of'} values"
-            )
+            raise ValueError(f"{what} is {value!r}; expected a list{' that is not empty' if step == '+' else ''}")
         return [(str(key), inner) for key, inner in items]
     if not isinstance(value, dict):
-        raise ValueError(f"field {name!r} is {value!r}; expected an object with a field {step!r}")
+        raise ValueError(f"{what} is {value!r}; expected an object with a field {step!r}")
     if step not in value:
         raise ValueError(f"no field {f'{name}.{step}' if name else step!r}")
     return [(step, value[step])]

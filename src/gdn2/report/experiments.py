@@ -11,11 +11,11 @@ from functools import partial
 from statistics import fmean
 from typing import Any
 
+from gdn2.report.rows import KINDS
 from gdn2.report.tables import Table, mean_and_deviation, mean_and_interval
 
 Row = dict[str, Any]
 BASE = "gdn2"  # what the others are compared with
-KINDS = ("recurrent", "hybrid", "attention")
 
 
 @dataclass(frozen=True)
@@ -80,7 +80,13 @@ def _model_of(row: Row) -> str:
 
 def memory_entries(rows: Sequence[Row]) -> list[Entry]:
     """Of the experiment "memory", by task, memory, steps of training, sequences a step, steps of warm-up, precision."""
-    return entries_of(rows, _memory_group, lambda row: -fmean(answer["accuracy"] for answer in row["validation"]))
+    entries = entries_of(rows, _memory_group, lambda row: -fmean(answer["accuracy"] for answer in row["validation"]))
+    _check_asked([(entry.group, row) for entry in entries for row in entry.rows], _loads)
+    return entries
+
+
+def _loads(row: Row) -> list[float]:
+    return [answer["load"] for answer in row["by_load"]]
 
 
 def _memory_group(row: Row) -> tuple[Any, ...]:
@@ -91,11 +97,28 @@ def _memory_group(row: Row) -> tuple[Any, ...]:
 
 def language_entries(rows: Sequence[Row]) -> list[Entry]:
     """Of the experiment "language", by text, length of training, and kind of model."""
-    return entries_of(
+    entries = entries_of(
         rows,
         lambda row: (row["corpus"]["train_sha256"], row["config"]["train"]["tokens"], row["kind"]),
         lambda row: bits(row)[0],
     )
+    _check_asked(
+        [(entry.group[:2], row) for entry in entries for row in entry.rows],
+        lambda row: [list(row["language"]), [(cell["task"], cell["length"]) for cell in row["needles"]]],
+    )
+    return entries
+
+
+def _check_asked(found: Sequence[tuple[Any, Row]], asked: Callable[[Row], list[Any]]) -> None:
+    """ValueError for two rows of one table, with its group each, that were not asked at the same loads or lengths."""
+    first: dict[Any, Row] = {}
+    for group, row in found:
+        other = first.setdefault(group, row)
+        if asked(row) != asked(other):
+            raise ValueError(
+                f"rows {other['key']} and {row['key']} belong in one table, and one was asked {asked(other)}, "
+                f"the other {asked(row)}; report them apart"
+            )
 
 
 def bits(row: Row) -> list[float]:
