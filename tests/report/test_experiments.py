@@ -21,20 +21,21 @@ from gdn2.report.write import write_report
 
 def test_memory_rates_are_chosen_by_validation_and_test_questions_shown(experiments):
     gdn2, kda = memory_entries(list(read_rows(experiments / "memory.jsonl").values()))
-    assert (gdn2.mixer, gdn2.lr, gdn2.rates, len(gdn2.rows)) == ("gdn2", 1e-2, (1e-3, 1e-2), 2)
+    assert (gdn2.mixer, gdn2.lr, len(gdn2.rows)) == ("gdn2", 1e-2, 2)
     table, differences = memory_tables([gdn2, kda])
-    assert table.heads == ("mixer", "4", "8", "seeds", "lr")
-    assert table.rows[0] == ("gdn2", "80.0 ± 14.1", "25.0 ± 0.0", "2", "0.01")
-    assert "| gdn2 | 80.0 ± 14.1 | 25.0 ± 0.0 | 2 | 0.01 |" in table.markdown()
+    assert table.heads == ("mixer", "4", "8", "seeds", "lr, of those tried")
+    assert table.rows[0] == ("gdn2", "80.0 ± 14.1", "25.0 ± 0.0", "2", "0.01 of 0.001, 0.01")
+    assert "| gdn2 | 80.0 ± 14.1 | 25.0 ± 0.0 | 2 | 0.01 of 0.001, 0.01 |" in table.markdown()
     assert differences.rows == (("mqar, memory 1 x 16 x 16 a layer, 2,000 steps of 64: kda", "+0.0 ± 0.0", "2"),)
 
 
 def test_a_rate_that_a_seed_lacks_is_not_compared():
     rows = [memory_row("a", "gdn2", 1e-3, 0), memory_row("b", "gdn2", 1e-3, 1), memory_row("c", "gdn2", 1e-2, 0)]
     (entry,) = memory_entries(rows)
-    assert (entry.lr, entry.rates, len(entry.rows)) == (1e-3, (1e-3, 1e-2), 2)
+    assert (entry.lr, len(entry.rows)) == (1e-3, 2)
+    assert memory_tables([entry])[0].rows[0][-1] == "0.001 of 0.001, 0.01"
     (single,) = memory_tables(memory_entries(rows[2:]))
-    assert single.rows == (("gdn2", "90.0", "25.0", "1", "0.01"),)  # one seed has no deviation
+    assert single.rows == (("gdn2", "90.0", "25.0", "1", "0.01 of 0.01"),)  # one seed has no deviation
 
 
 def test_rows_of_one_seed_are_never_taken_for_two():
@@ -60,8 +61,15 @@ def test_language_rates_are_chosen_by_bits_and_kinds_stand_together(experiments)
         "Gated DeltaNet-2 less each model of its kind",
     ]  # fmt: skip
     assert [row[0] for row in tables[0].rows] == ["recurrent gdn2", "recurrent kda", "hybrid gdn2"]
-    assert tables[0].rows[0] == ("recurrent gdn2", "1.6000 ± 0.1414", "1.7000 ± 0.1414", "2", "0.001", "12.00M")
-    assert tables[1].rows[0] == ("recurrent gdn2", "40.0 ± 0.0", "40.0 ± 0.0", "2", "0.001", "12.00M")
+    assert tables[0].rows[0] == (
+        "recurrent gdn2",
+        "1.6000 ± 0.1414",
+        "1.7000 ± 0.1414",
+        "2",
+        "0.001 of 0.001, 0.01",
+        "12.00M",
+    )
+    assert tables[1].rows[0] == ("recurrent gdn2", "40.0 ± 0.0", "40.0 ± 0.0", "2", "0.001 of 0.001, 0.01", "12.00M")
     assert tables[3].heads == ("compared with", "bits per byte", "niah_single_1, %", "niah_multikey_1, %", "seeds")
     assert tables[3].rows == (("recurrent kda", "-0.2000 ± 0.0000", "+0.0 ± 0.0", "+0.0 ± 0.0", "2"),)
     other = [row | {"key": "o", "corpus": {"train_sha256": "ffff"}} for row in rows[:1]]
@@ -73,14 +81,15 @@ def test_failed_rows_are_named_and_counted_nowhere(tmp_path):
     del failed["language"]
     rows = [failed | {"failed": "stopped at step 3"}, language_row("b", "kda", 1e-3, 0)]
     (entry,) = language_entries(rows)
-    assert (entry.lr, entry.rates) == (1e-3, (1e-3,))
+    (table, *_) = language_tables([entry])
+    assert table.rows == (("recurrent kda", "1.7000", "1.8000", "1", "0.001 of 0.001, 0.01 (1 failed)", "12.00M"),)
     assert failures(rows) == ["recurrent kda at learning rate 0.01, seed 0, failed: stopped at step 3"]
     lost = {
         key: value for key, value in memory_row("a", "kda", 1e-2, 1).items() if key not in ("by_load", "validation")
     }
     rows = [lost | {"failed": "the loss was not finite"}, memory_row("b", "kda", 1e-3, 0)]
     (entry,) = memory_entries(rows)
-    assert (entry.lr, len(entry.rows)) == (1e-3, 1)
+    assert memory_tables([entry])[0].rows == (("kda", "40.0", "25.0", "1", "0.001 of 0.001, 0.01 (1 failed)"),)
     name = "mqar, memory 1 x 16 x 16 a layer, 2,000 steps of 64: kda"
     assert failures(rows) == [f"{name} at learning rate 0.01, seed 1, failed: the loss was not finite"]
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))

@@ -16,16 +16,19 @@ from gdn2.report.tables import Table, mean_and_deviation, mean_and_interval
 
 Row = dict[str, Any]
 BASE = "gdn2"  # what the others are compared with
+LR = "lr, of those tried"
 
 
 @dataclass(frozen=True)
 class Entry:
-    """The rows of one model at its best learning rate, one for each seed, and all rates that were tried."""
+    """The rows of one model at its best learning rate, one for each seed; all rates that were tried, and the rate of
+    each row that failed."""
 
     group: tuple[Any, ...]
     mixer: str
     lr: float
     rates: tuple[float, ...]
+    failed: tuple[float, ...]
     rows: tuple[Row, ...]
 
     @property
@@ -44,8 +47,10 @@ def entries_of(
     """
     found: dict[tuple, dict[float, list[Row]]] = defaultdict(lambda: defaultdict(list))
     seen: dict[tuple, Row] = {}
+    failed: dict[tuple, list[float]] = defaultdict(list)
     for row in rows:
         if "failed" in row:
+            failed[group(row), row["mixer"]].append(row["lr"])
             continue
         same = seen.setdefault((group(row), row["mixer"], row["lr"], row["seed"]), row)
         if same is not row:
@@ -59,7 +64,8 @@ def entries_of(
         most = max(map(len, rates.values()))
         whole = {rate: seeds for rate, seeds in rates.items() if len(seeds) == most}
         best = min(whole, key=lambda rate: fmean(map(badness, whole[rate])))
-        entries.append(Entry(name, mixer, best, tuple(sorted(rates)), tuple(whole[best])))
+        lost = tuple(failed[name, mixer])
+        entries.append(Entry(name, mixer, best, tuple(sorted({*rates, *lost})), lost, tuple(whole[best])))
     return entries
 
 
@@ -160,7 +166,7 @@ def memory_tables(entries: Sequence[Entry]) -> list[Table]:
         tables.append(
             Table(
                 f"{memory_title(group)}: accuracy in percent by load",
-                ("mixer", *map(str, loads), "seeds", "lr"),
+                ("mixer", *map(str, loads), "seeds", LR),
                 tuple(
                     (entry.mixer, *(mean_and_deviation(by_load[load], 1) for load in loads), *training(entry))
                     for entry, by_load in mine
@@ -255,7 +261,7 @@ def _language_table(
 ) -> Table:
     return Table(
         title,
-        ("model", *heads, "seeds", "lr", "parameters"),
+        ("model", *heads, "seeds", LR, "parameters"),
         tuple(
             (
                 f"{entry.group[2]} {entry.mixer}",
@@ -269,5 +275,9 @@ def _language_table(
 
 
 def training(entry: Entry) -> tuple[str, str]:
-    """How many seeds, and at which learning rate."""
-    return str(len(entry.rows)), f"{entry.lr:g}"
+    """How many seeds; and the best learning rate of those that were tried, with the number of failed rows of each."""
+    tried = []
+    for rate in entry.rates:
+        failed = entry.failed.count(rate)
+        tried.append(f"{rate:g} ({failed} failed)" if failed else f"{rate:g}")
+    return str(len(entry.rows)), f"{entry.lr:g} of {', '.join(tried)}"
