@@ -19,6 +19,7 @@ import gdn2
 from gdn2 import LanguageModel
 from gdn2.data import load_tokenizer
 from gdn2.evaluation.needles import niah_samples
+from gdn2.evaluation.report import NEEDLE_SEED
 from gdn2.evaluation.retrieval import recall_documents
 from gdn2.generate import generate
 from gdn2.presets import of_same_size
@@ -75,7 +76,7 @@ def test_prepare_mixes_in_recall_and_needle_documents(shards):
     assert text.count(b"special magic number for") == 10
     assert next(recall_documents(20, 0)).encode() in text
     for seed in (0, 1):  # what eval asks for, with the seed of the text too, was not read in training
-        asked = niah_samples("niah_single_1", load_tokenizer("bytes"), 640, 5, seed)
+        asked = niah_samples("niah_single_1", load_tokenizer("bytes"), 640, 5, NEEDLE_SEED.format(seed))
         assert not any(answer.encode() in text for sample in asked for answer in sample.answers)
 
 

@@ -56,6 +56,37 @@ def test_every_task_runs_and_makes_a_row(task, model, val, tmp_path):
     assert list(results.read(path)) == [results.name_of(about | result)]  # it holds all fields that reading asks for
 
 
+@pytest.mark.parametrize("task", ["niah_single_1", "niah_single_2", "niah_multikey_1"])
+@pytest.mark.parametrize("seed", [0, 1, 2, 3, 6])
+def test_no_question_was_read_in_training_whatever_integer_its_documents_were_drawn_with(
+    task, seed, model, val, monkeypatch
+):
+    """Corpora of experiments/corpus.py hold documents of seeds 1, 2, 3 and 6."""
+    asked = []
+
+    def remember(prompts):
+        asked.extend(prompts)
+        return ["" for _ in prompts]
+
+    monkeypatch.setattr(report, "greedy", lambda *arguments, **settings: remember)
+    run(task, model, val, samples=5, seed=seed)
+    needle = re.compile(r"One of the special magic \w+ for \S+ is: \S+\.")
+    read = {
+        one
+        for text in needle_documents(8, 900, BYTES, seed, [task], essays(val, BYTES))
+        for one in needle.findall(text)
+    }
+    found = [needle.findall(prompt) for prompt in asked]
+    assert len(found) == 5
+    assert all(found)
+    assert len(read) >= 8
+    assert not read & {one for needles in found for one in needles}
+    again = list(asked)
+    asked.clear()
+    run(task, model, val, samples=5, seed=seed + 1)
+    assert not set(again) & set(asked)
+
+
 def test_length_is_that_of_windows_and_needle_prompts(model, val):
     assert run("perplexity", model, val)["length"] == 64
     assert run("perplexity", model, val, lengths=[100])["length"] == 100

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 TASKS = ("perplexity", "recall", *needles.NEEDLE_TASKS, *passages.PASSAGE_TASKS)
 RECALL_TOKENS = 4  # enough for one digit and the end of its line, under any tokenizer
 NEEDLE_LENGTH = 1_024
+NEEDLE_SEED = "gdn2 eval {}"  # a text: training documents may have been drawn with any integer
 PASSAGE_LENGTH = 2_048
 
 
@@ -75,7 +76,7 @@ def evaluate(
     about, corpus = _haystack(task, haystack, token_file, tokenizer)
     total = samples * len(lengths) * max(1, len(depths))
     answer = greedy(model, tokenizer, needles.ANSWER_TOKENS, progress=progress, total=total)
-    grid = needles.niah_grid(task, tokenizer, lengths, depths, samples, seed, answer, corpus)
+    grid = needles.niah_grid(task, tokenizer, lengths, depths, samples, NEEDLE_SEED.format(seed), answer, corpus)
     by_length = [sum(row) / len(row) for row in grid]
     where = {"lengths": list(lengths), "depths": list(depths)}
     percent = sum(by_length) / len(by_length)
