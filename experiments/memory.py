@@ -132,13 +132,17 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--mixers", default=",".join(USUAL), help=f"some of {', '.join(MIXERS)}; or ablations")
     parser.add_argument("--steps", type=int, help="of each training; else the size's")
     parser.add_argument("--batch", type=int, help="sequences a step; else the size's")
+    parser.add_argument("--warm-up", type=int, help="steps in which the learning rate rises; else the size's")
     parser.add_argument("--memories", help="of a layer, as heads x channels: 1x16,2x32; else the size's")
     parser.add_argument("--rates", help="learning rates, comma-separated; else the size's")
     parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32")
     options = parser.parse_args(arguments)
     size = SIZES[options.size]
     changes = {name: getattr(options, name) for name in ("steps", "batch") if getattr(options, name)}
-    size = replace(size, run=replace(size.run, precision=options.precision, **changes))
+    optim = size.run.optim
+    if options.warm_up is not None:
+        optim = replace(optim, warmup_tokens=options.warm_up)  # of a TaskRun, in steps
+    size = replace(size, run=replace(size.run, precision=options.precision, optim=optim, **changes))
     if options.memories:
         size = replace(size, memories=tuple(memory_of(parser, text) for text in options.memories.split(",")))
     if options.rates:

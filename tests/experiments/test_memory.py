@@ -4,6 +4,7 @@ import json
 import subprocess
 import time
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 
 import memory
@@ -11,6 +12,9 @@ import pytest
 import rows
 from report.conftest import memory_row
 
+from gdn2.config import ConfigError
+
+DOCS = Path(__file__).parents[2] / "docs"
 TINY = ["--device", "cpu", "--steps", "25", "--batch", "2"]
 
 
@@ -82,6 +86,20 @@ def test_unknown_names_and_broken_rows_are_refused(tmp_path, capsys):
     (tmp_path / "rows.jsonl").write_text("[]\n")
     with pytest.raises(ValueError, match=r"rows\.jsonl:1: no row of an experiment"):
         rows.read(tmp_path / "rows.jsonl")
+
+
+def test_the_documented_command_makes_the_rows_of_2000_steps(capsys):
+    """Their warm-up is not the size's; a row is found by all its settings."""
+    (command,) = [line for line in (DOCS / "experiments.md").read_text().splitlines() if "--steps 2000" in line]
+    words = command.partition("#")[0].split()
+    assert words[:2] == ["python", "experiments/memory.py"]
+    memory.main([*words[2:], "--dry-run"])
+    assert "112 rows, 0 missing" in capsys.readouterr().out
+    warm_up = words.index("--warm-up")
+    memory.main([*words[2:warm_up], *words[warm_up + 2 :], "--dry-run"])
+    assert "112 rows, 112 missing" in capsys.readouterr().out
+    with pytest.raises(ConfigError, match="warmup_tokens is 25; expected fewer than the 25 steps"):
+        memory.main([*TINY, "--warm-up", "25", "--dry-run"])
 
 
 def test_rows_side_by_side_are_those_in_turn(tmp_path, capsys):
