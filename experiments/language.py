@@ -255,7 +255,8 @@ def main(arguments: list[str] | None = None) -> None:
     rows.check_names(parser, mixers, [name for name in known if name != "linear"])
     out = options.out or Path(__file__).parent / "results" / f"language-{options.size}.jsonl"
     if options.summary:
-        rows.show(language_tables(language_entries(list(rows.read(out).values()))))
+        found = list(rows.read(out).values())
+        rows.show(language_tables(language_entries(found)), found)
         return
     data = options.data or Path("corpora", f"language-{options.size}")
     about = text_of(data, size.corpus, may_write=not options.dry_run)
@@ -271,7 +272,7 @@ def main(arguments: list[str] | None = None) -> None:
         settings, out, options, partial(measure, data=data, runs=runs, device=options.device), describe
     )
     if not options.dry_run:
-        rows.show(language_tables(language_entries(measured)))
+        rows.show(language_tables(language_entries(measured)), measured)
 
 
 def text_of(data: Path, corpus: Corpus, may_write: bool) -> dict[str, Any]:

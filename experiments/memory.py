@@ -29,6 +29,7 @@ from variants import MIXERS, chosen
 from gdn2.config import ModelConfig, OptimConfig
 from gdn2.data.synthetic import MQAR, S5, Deletion, Overwrite, Parity, Sharing, SyntheticTask
 from gdn2.report.experiments import memory_entries, memory_tables
+from gdn2.training import TrainingError
 from gdn2.training.tasks import TEST_SEED, TaskRun, train_task
 
 USUAL = ("gdn2", "kda", "gdn", "deltanet", "linear", "mamba2", "mamba3")
@@ -106,7 +107,10 @@ def measure(setting: Row, size: Size, device: str) -> Row:
     task = size.tasks[setting["task"]]
     run = replace(size.run, optim=replace(size.run.optim, lr=setting["lr"]))
     began = time.perf_counter()
-    result = train_task(ModelConfig(**setting["model"]), task, run, setting["seed"], device)
+    try:
+        result = train_task(ModelConfig(**setting["model"]), task, run, setting["seed"], device)
+    except TrainingError as error:  # a result too: the grid goes on, and the row says so
+        result = {"failed": str(error)}
     spent = {"seconds": time.perf_counter() - began}
     return {"key": rows.key_of(setting), **setting, **result, **spent, "questions_sha256": questions(task, run, device)}
 
@@ -128,13 +132,17 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--mixers", default=",".join(USUAL), help=f"some of {', '.join(MIXERS)}; or ablations")
     parser.add_argument("--steps", type=int, help="of each training; else the size's")
     parser.add_argument("--batch", type=int, help="sequences a step; else the size's")
+    parser.add_argument("--warm-up", type=int, help="steps in which the learning rate rises; else the size's")
     parser.add_argument("--memories", help="of a layer, as heads x channels: 1x16,2x32; else the size's")
     parser.add_argument("--rates", help="learning rates, comma-separated; else the size's")
     parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32")
     options = parser.parse_args(arguments)
     size = SIZES[options.size]
     changes = {name: getattr(options, name) for name in ("steps", "batch") if getattr(options, name)}
-    size = replace(size, run=replace(size.run, precision=options.precision, **changes))
+    optim = size.run.optim
+    if options.warm_up is not None:
+        optim = replace(optim, warmup_tokens=options.warm_up)  # of a TaskRun, in steps
+    size = replace(size, run=replace(size.run, precision=options.precision, optim=optim, **changes))
     if options.memories:
         size = replace(size, memories=tuple(memory_of(parser, text) for text in options.memories.split(",")))
     if options.rates:
@@ -148,7 +156,7 @@ def main(arguments: list[str] | None = None) -> None:
     settings = list(grid(size, tasks, mixers))
     measured = rows.work(settings, out, options, partial(measure, size=size, device=options.device), describe)
     if not options.dry_run:
-        rows.show(memory_tables(memory_entries(measured)))
+        rows.show(memory_tables(memory_entries(measured)), measured)
 
 
 def memory_of(parser: argparse.ArgumentParser, text: str) -> tuple[int, int]:
@@ -161,8 +169,11 @@ def memory_of(parser: argparse.ArgumentParser, text: str) -> tuple[int, int]:
 
 def describe(row: Row) -> str:
     """One line about a row."""
+    name = f"{row['task']} {row['mixer']} {row['memory']} lr {row['lr']:g} seed {row['seed']}"
+    if "failed" in row:
+        return f"{name}: {row['failed']}"
     found = " ".join(f"{entry['load']}:{entry['accuracy']:.3f}" for entry in row["by_load"])
-    return f"{row['task']} {row['mixer']} {row['memory']} lr {row['lr']:g} seed {row['seed']}: {found}"
+    return f"{name}: {found}"
 
 
 if __name__ == "__main__":

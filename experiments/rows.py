@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 import gdn2
+from gdn2.report.experiments import failures
 from gdn2.report.sources import read_rows
 from gdn2.report.tables import Table
 
@@ -31,8 +32,9 @@ def read(path: Path) -> dict[str, Row]:
     return read_rows(path) if path.exists() else {}
 
 
-def show(tables: Sequence[Table]) -> None:
-    print("\n\n".join(table.markdown() for table in tables))
+def show(tables: Sequence[Table], found: Sequence[Row]) -> None:
+    """Tables made from the rows, and which of them failed."""
+    print("\n\n".join([*(table.markdown() for table in tables), *(f"{sentence}." for sentence in failures(found))]))
 
 
 def append(path: Path, row: Row) -> None:

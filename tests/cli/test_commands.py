@@ -4,6 +4,7 @@ import copy
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -18,9 +19,15 @@ import gdn2
 from gdn2 import LanguageModel
 from gdn2.data import load_tokenizer
 from gdn2.evaluation.needles import niah_samples
+from gdn2.evaluation.report import NEEDLE_SEED
 from gdn2.evaluation.retrieval import recall_documents
 from gdn2.generate import generate
 from gdn2.presets import of_same_size
+
+
+def kept(run):
+    """The results in a run's eval.json, oldest first."""
+    return list(json.loads((run / "eval.json").read_text()).values())
 
 
 def test_version(capsys):
@@ -69,7 +76,7 @@ def test_prepare_mixes_in_recall_and_needle_documents(shards):
     assert text.count(b"special magic number for") == 10
     assert next(recall_documents(20, 0)).encode() in text
     for seed in (0, 1):  # what eval asks for, with the seed of the text too, was not read in training
-        asked = niah_samples("niah_single_1", load_tokenizer("bytes"), 640, 5, seed)
+        asked = niah_samples("niah_single_1", load_tokenizer("bytes"), 640, 5, NEEDLE_SEED.format(seed))
         assert not any(answer.encode() in text for sample in asked for answer in sample.answers)
 
 
@@ -78,7 +85,7 @@ def test_eval_shows_and_keeps_results(run, capsys):
     out = capsys.readouterr().out
     assert "bits/byte" in out
     assert "chance 12.5 %" in out
-    first = json.loads((run / "eval.json").read_text())
+    first = {result["task"]: result for result in kept(run)}
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     validation = [row for row in rows if row["kind"] == "val"][-1]
     # The same windows as training's last validation; float32 sums over batches of another size.
@@ -87,12 +94,43 @@ def test_eval_shows_and_keeps_results(run, capsys):
     assert first["perplexity"]["length"] == 32
     assert first["perplexity"]["checkpoint"] == "step_00000008"
     assert 0 <= first["recall"]["percent"] <= 100
-    # Another call adds its tasks, and longer windows than the training's are fine.
+    # Another call adds its results, and longer windows than the training's are fine.
+    before = kept(run)
     assert call("eval", run, "--tasks", "perplexity", "--length", 100, "--tokens", 300) == 0
-    second = json.loads((run / "eval.json").read_text())
-    assert second["perplexity"]["length"] == 100
-    assert second["perplexity"]["tokens"] == 300
-    assert second["recall"] == first["recall"]
+    *others, second = kept(run)
+    assert (second["length"], second["tokens"]) == (100, 300)
+    assert others == before
+
+
+def test_eval_adds_another_measurement_and_replaces_the_same(run, shards, tmp_path, capsys):
+    """The commands of docs/evaluation.md: lengths, a heat map behind drawn depths, rounded weights, another text."""
+    copy = shutil.copytree(run, tmp_path / "run")
+    (copy / "eval.json").unlink(missing_ok=True)
+    other = tmp_path / "other"
+    (tmp_path / "a.txt").write_text("Other text, of which there is enough for a window.\n")
+    (tmp_path / "b.txt").write_text("And other text again, of which there is enough too.\n")
+    arguments = ["prepare", tmp_path / "a.txt", tmp_path / "b.txt", "--out", other, "--val-share", 0.5]
+    assert call(*arguments) == 0
+    needles = ["--tasks", "niah_single_1", "--length", 640, "--samples", 1]
+    commands = [
+        ["--tasks", "perplexity"],
+        ["--tasks", "perplexity", "--length", 40],
+        ["--tasks", "perplexity", "--weights", "int8"],
+        ["--tasks", "perplexity", "model.rope_base=500"],
+        ["--tasks", "perplexity", "--data", other],
+        needles,
+        [*needles, "--depths", "0,100"],
+        [*needles, "--seed", 1],
+    ]
+    for number, command in enumerate([*commands, *commands], 1):
+        assert call("eval", copy, *command) == 0
+        assert len(kept(copy)) == min(number, len(commands)), command
+    assert call("report", copy, "--out", tmp_path / "report.html") == 0
+    page = (tmp_path / "report.html").read_text()
+    for name in json.loads((copy / "eval.json").read_text()):
+        where, _, about = name.partition("; ")
+        assert any(f"{where}{unit}; {about}" in page for unit in ("", ", %")), name
+    assert page.count("bits per byte, windows of 32; ") == 4
 
 
 def test_eval_takes_other_rotary_positions_for_longer_texts(run, capsys):
@@ -103,7 +141,7 @@ def test_eval_takes_other_rotary_positions_for_longer_texts(run, capsys):
         ["model.rope_scaling=ntk", "model.rope_factor=8"],
     ):
         assert call("eval", run, *settings, "--tasks", "perplexity", "--length", 100, "--tokens", 300) == 0
-        result = json.loads((run / "eval.json").read_text())["perplexity"]
+        result = kept(run)[-1]
         assert result["settings"] == settings
         losses.append(result["nats"])
     # A base that stays the same is no other model; what eight times the length does to this one is small, and there.
@@ -115,7 +153,7 @@ def test_eval_of_a_packed_run_is_its_last_validation(shards, tmp_path):
     arguments = ["train", "--preset", "gdn2-hybrid-tiny", "--run", run, f"data.path={shards}", *TINY]
     assert call(*arguments, "data.packed=true", "train.tokens=256", "train.eval_tokens=9999") == 0
     assert call("eval", run, "--tasks", "perplexity") == 0
-    score = json.loads((run / "eval.json").read_text())["perplexity"]
+    score = kept(run)[-1]
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     validation = [row for row in rows if row["kind"] == "val"][-1]
     # float32 sums over batches of another size
@@ -129,7 +167,7 @@ def test_eval_asks_for_needles(run, capsys):
     assert (
         call("eval", run, "--tasks", "niah_single_1", "--length", "600,700", "--depths", "0,99.5", "--samples", 1) == 0
     )
-    result = json.loads((run / "eval.json").read_text())["niah_single_1"]
+    result = kept(run)[-1]
     assert (result["lengths"], result["depths"]) == ([600, 700], [0, 99.5])
 
 
@@ -185,9 +223,9 @@ def test_weights_and_memories_are_kept_in_what_is_asked_for(run, capsys):
     nats = {}
     for kind in ("float32", "int8", "fp8", "bfloat16"):
         assert call("eval", run, "--tasks", "perplexity", "--weights", kind) == 0
-        kept = json.loads((run / "eval.json").read_text())["perplexity"]
-        assert kept["weights"] == kind
-        nats[kind] = kept["nats"]
+        result = kept(run)[-1]
+        assert result["weights"] == kind
+        nats[kind] = result["nats"]
     for kind in ("int8", "fp8", "bfloat16"):  # each its own numbers, none far off
         assert 1e-7 < abs(nats[kind] / nats["float32"] - 1) < 1e-2
     assert len(set(nats.values())) == 4

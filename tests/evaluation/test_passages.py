@@ -5,7 +5,7 @@ import json
 import pytest
 
 from gdn2.data import load_tokenizer
-from gdn2.evaluation.passages import Passage, passage_samples, read_passages, score
+from gdn2.evaluation.passages import Passage, find, passage_samples, read_passages, score
 
 BYTES = load_tokenizer("bytes")
 FILLER = "".join(f"Line {i} of a document that says nothing of interest.\n" for i in range(200))
@@ -29,6 +29,17 @@ def test_window_holds_the_answer_fits_the_length_and_ends_with_the_question(leng
     (sample,) = passage_samples([MIDDLE], BYTES, length)
     at = sample.prompt.index("413")
     assert abs(at + 4 - (length - 50 - 16) / 2) <= 2  # the first place of the answer is the middle
+
+
+def test_letters_that_lower_case_lengthens_do_not_shift_the_window():
+    """An İ is two letters in lower case; 300 of them stand before the answer, and the window has 134 bytes."""
+    passage = Passage("İ" * 300 + " 415 Wells " + FILLER, "How many wells?", ("415 wells",))
+    (sample,) = passage_samples([passage], BYTES, 200)
+    at = len(sample.prompt[: sample.prompt.index("415 Wells")].encode())
+    assert abs(at + 4 - (200 - 50 - 16) / 2) <= 2  # its middle
+    assert find("İİ ab", "AB") == 3
+    assert find("İİ", "x") is None
+    assert find("ΟΔΟΣ", "οδος") == 0  # a sigma at the end of a word has a letter of its own
 
 
 def test_short_document_stays_whole_and_one_without_its_answer_is_left_out():

@@ -10,7 +10,7 @@ from rich.console import Console
 
 from gdn2.config import ModelConfig
 from gdn2.data import Shards, load_tokenizer, prepare
-from gdn2.evaluation import report
+from gdn2.evaluation import report, results
 from gdn2.evaluation.answers import greedy
 from gdn2.evaluation.needles import Haystack, essays, needle_documents
 from gdn2.evaluation.retrieval import recall_documents
@@ -49,7 +49,42 @@ def test_every_task_runs_and_makes_a_row(task, model, val, tmp_path):
     result = run(task, model, val, passage_data=tmp_path, progress=lambda *count: counts.append(count))
     assert counts[-1] == ((128, 128) if task == "perplexity" else (2, 2))
     assert json.loads(json.dumps(result, allow_nan=False)) == json.loads(json.dumps(result))
-    assert report.table({task: result}).row_count >= 1
+    assert report.table([result]).row_count >= 1
+    about = {"checkpoint": "step_1", "settings": [], "weights": "float32"}
+    path = tmp_path / "eval.json"
+    results.write(path, {results.name_of(about | result): about | result})
+    assert list(results.read(path)) == [results.name_of(about | result)]  # it holds all fields that reading asks for
+
+
+@pytest.mark.parametrize("task", ["niah_single_1", "niah_single_2", "niah_multikey_1"])
+@pytest.mark.parametrize("seed", [0, 1, 2, 3, 6])
+def test_no_question_was_read_in_training_whatever_integer_its_documents_were_drawn_with(
+    task, seed, model, val, monkeypatch
+):
+    """Corpora of experiments/corpus.py hold documents of seeds 1, 2, 3 and 6."""
+    asked = []
+
+    def remember(prompts):
+        asked.extend(prompts)
+        return ["" for _ in prompts]
+
+    monkeypatch.setattr(report, "greedy", lambda *arguments, **settings: remember)
+    run(task, model, val, samples=5, seed=seed)
+    needle = re.compile(r"One of the special magic \w+ for \S+ is: \S+\.")
+    read = {
+        one
+        for text in needle_documents(8, 900, BYTES, seed, [task], essays(val, BYTES))
+        for one in needle.findall(text)
+    }
+    found = [needle.findall(prompt) for prompt in asked]
+    assert len(found) == 5
+    assert all(found)
+    assert len(read) >= 8
+    assert not read & {one for needles in found for one in needles}
+    again = list(asked)
+    asked.clear()
+    run(task, model, val, samples=5, seed=seed + 1)
+    assert not set(again) & set(asked)
 
 
 def test_length_is_that_of_windows_and_needle_prompts(model, val):
@@ -97,36 +132,16 @@ def test_unknown_task_is_named(model, val):
         run("recal", model, val)
 
 
-def test_results_are_written_whole_and_read_back(tmp_path):
-    path = tmp_path / "eval.json"
-    assert report.read(path) == {}
-    report.write(path, {"recall": {"percent": 50.0}})
-    with pytest.raises(ValueError, match="Out of range float values"):
-        report.write(path, {"recall": {"percent": float("nan")}})
-    assert report.read(path) == {"recall": {"percent": 50.0}}
-    assert list(tmp_path.iterdir()) == [path]
-
-
 def test_table_keeps_each_result_on_one_line_at_80_columns():
     bucket = {"start": 131_072, "stop": 262_144, "nats": 10.1234, "bits_per_byte": 16.0704}
     perplexity = {"perplexity": 12345.678, "bits_per_byte": 16.0704, "tokens": 262_144, "length": 262_144}
+    perplexity |= {"task": "perplexity", "by_position": [bucket]}
     needles = {"percent_by_length": [100.0], "samples": 500, "lengths": [262_144], "haystack": "validation documents"}
-    recall = {"percent": 100.0, "chance_percent": 12.5, "samples": 500, "pairs": 8}
-    results = {"perplexity": perplexity | {"by_position": [bucket]}, "niah_multikey_1": needles, "recall": recall}
+    recall = {"task": "recall", "percent": 100.0, "chance_percent": 12.5, "samples": 500, "pairs": 8}
+    found = [perplexity, needles | {"task": "niah_multikey_1"}, recall]
     console = Console(file=StringIO(), width=80)
-    console.print(report.table(results))
+    console.print(report.table(found))
     text = console.file.getvalue()
     for result in ("12345.678, 16.0704 bits/byte", "10.1234 nats, 16.0704 bits/byte", "100.0 %, chance 12.5 %"):
         assert result in text
     assert "…" not in text
-
-
-@pytest.mark.parametrize(
-    ("text", "message"),
-    [("{", "is not JSON"), ("[]", "holds no results by task"), ('{"recall": 1}', "holds no results by task")],
-)
-def test_a_file_that_holds_no_results_is_not_overwritten(tmp_path, text, message):
-    path = tmp_path / "eval.json"
-    path.write_text(text)
-    with pytest.raises(ValueError, match=message):
-        report.read(path)

@@ -49,7 +49,10 @@ def test_a_model_learns_and_its_row_holds_all_that_it_depends_on(text, tmp_path,
     (run,) = (tmp_path / "runs").iterdir()
     assert run.name == row["run"]
     shown = capsys.readouterr().out
-    assert f"| recurrent gdn2 | {bits[0]:.4f} | {bits[1]:.4f} | 1 | 0.004 | {row['parameters'] / 1e6:.2f}M |" in shown
+    assert (
+        f"| recurrent gdn2 | {bits[0]:.4f} | {bits[1]:.4f} | 1 | 0.004 of 0.004 | {row['parameters'] / 1e6:.2f}M |"
+        in shown
+    )
     small_run(tmp_path, text, "--mixers", "gdn2", "--dry-run")
     assert "1 rows, 0 missing" in capsys.readouterr().out
     before = (tmp_path / "rows.jsonl").read_text()

@@ -4,12 +4,17 @@ import json
 import subprocess
 import time
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 
 import memory
 import pytest
 import rows
+from report.conftest import memory_row
 
+from gdn2.config import ConfigError
+
+DOCS = Path(__file__).parents[2] / "docs"
 TINY = ["--device", "cpu", "--steps", "25", "--batch", "2"]
 
 
@@ -23,7 +28,7 @@ def test_gated_deltanet_2_learns_to_overwrite_where_linear_attention_does_not(tm
     found = {row["mixer"]: {e["load"]: e["accuracy"] for e in row["by_load"]} for row in rows.read(out).values()}
     assert found["gdn2"][4] > 0.95
     assert found["linear"][4] < 0.75
-    assert f"| gdn2 | {100 * found['gdn2'][4]:.1f} | 1 | 0.01 |" in capsys.readouterr().out
+    assert f"| gdn2 | {100 * found['gdn2'][4]:.1f} | 1 | 0.01 of 0.01 |" in capsys.readouterr().out
 
 
 def test_a_row_holds_all_that_it_depends_on_and_is_measured_once(tmp_path, capsys):
@@ -83,6 +88,20 @@ def test_unknown_names_and_broken_rows_are_refused(tmp_path, capsys):
         rows.read(tmp_path / "rows.jsonl")
 
 
+def test_the_documented_command_makes_the_rows_of_2000_steps(capsys):
+    """Their warm-up is not the size's; a row is found by all its settings."""
+    (command,) = [line for line in (DOCS / "experiments.md").read_text().splitlines() if "--steps 2000" in line]
+    words = command.partition("#")[0].split()
+    assert words[:2] == ["python", "experiments/memory.py"]
+    memory.main([*words[2:], "--dry-run"])
+    assert "112 rows, 0 missing" in capsys.readouterr().out
+    warm_up = words.index("--warm-up")
+    memory.main([*words[2:warm_up], *words[warm_up + 2 :], "--dry-run"])
+    assert "112 rows, 112 missing" in capsys.readouterr().out
+    with pytest.raises(ConfigError, match="warmup_tokens is 25; expected fewer than the 25 steps"):
+        memory.main([*TINY, "--warm-up", "25", "--dry-run"])
+
+
 def test_rows_side_by_side_are_those_in_turn(tmp_path, capsys):
     in_turn, beside = tmp_path / "a.jsonl", tmp_path / "b.jsonl"
     arguments = [*TINY, "--mixers", "gdn2,linear,deltanet"]
@@ -96,6 +115,21 @@ def test_rows_side_by_side_are_those_in_turn(tmp_path, capsys):
     for key, row in found.items():
         assert row["jobs"] == 2
         assert row["loss"] == pytest.approx(expected[key]["loss"], rel=1e-4)  # of another number of threads
+
+
+def test_a_training_that_diverges_is_a_row_that_says_so_and_the_grid_goes_on(tmp_path, capsys):
+    out = tmp_path / "rows.jsonl"
+    memory.main([*TINY, "--mixers", "gdn2", "--rates", "1e30,1e-2", "--out", str(out)])
+    broken, good = rows.read(out).values()
+    assert broken["failed"].startswith("the loss of step ")
+    assert "by_load" not in broken
+    assert "by_load" in good
+    shown = capsys.readouterr().out
+    assert "overwrite gdn2 [1, 32, 32] lr 1e+30 seed 0: the loss of step" in shown
+    name = "overwrite, memory 1 x 32 x 32 a layer, 25 steps of 2, warm-up of 20: gdn2"
+    assert f"{name} at learning rate 1e+30, seed 0, failed: {broken['failed']}." in shown
+    memory.main([*TINY, "--mixers", "gdn2", "--rates", "1e30,1e-2", "--out", str(out), "--summary"])
+    assert "2 rows, 0 missing" in capsys.readouterr().out
 
 
 def test_a_row_says_whether_its_code_is_that_of_its_commit(tmp_path, monkeypatch):
@@ -124,7 +158,7 @@ def slow_or_broken(setting):
     if setting["name"] == "broken":
         raise RuntimeError("out of memory")
     time.sleep(setting["seconds"])
-    return {"experiment": "memory", "key": rows.key_of(setting), **setting}
+    return memory_row(rows.key_of(setting), "gdn2", 1e-3, 0) | setting
 
 
 def test_a_row_that_raises_costs_none_that_is_measured_beside_it(tmp_path):

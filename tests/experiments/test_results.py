@@ -27,7 +27,7 @@ def test_tables_are_made_anew_between_the_marks_and_words_stay(tmp_path, capsys)
     results.main(arguments)
     text = page.read_text()
     assert "2 rows, 3.0 minutes of cpu." in text
-    assert "| gdn2 | 80.0 ± 14.1 | 25.0 ± 0.0 | 2 | 0.01 |" in text
+    assert "| gdn2 | 80.0 ± 14.1 | 25.0 ± 0.0 | 2 | 0.01 of 0.01 |" in text
     assert "old" not in text
     assert "Words.\n" in text
     assert text.endswith("<!-- rows: b -->\n\nNot measured yet.\n\n<!-- end -->\n")

@@ -110,9 +110,10 @@ def test_command_gives_the_same_scores_and_keeps_them(place, direct, capsys):
         main(["eval", str(root / "run"), "--tasks", tasks, "--task-path", str(root / "tasks"), "--device", "cpu"])
     shown = capsys.readouterr()
     assert leaving.value.code == 0, shown.err
-    kept = json.loads((root / "run" / "eval.json").read_text())
+    kept = {result["task"]: result for result in json.loads((root / "run" / "eval.json").read_text()).values()}
+    about = {"checkpoint": "step_00000001", "settings": [], "weights": "float32", "task_path": str(root / "tasks")}
     for name, metrics in direct.items():
-        assert kept[f"lm_eval:{name}"] == metrics | {"checkpoint": "step_00000001", "settings": []}
+        assert kept[f"lm_eval:{name}"] == {"task": f"lm_eval:{name}"} | metrics | about
     assert f"word_perplexity {direct['gdn2_whole']['word_perplexity']:.4f}" in shown.out
     assert direct["gdn2_whole"]["max_length"] == 128
 

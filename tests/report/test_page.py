@@ -5,29 +5,31 @@ import re
 from html.parser import HTMLParser
 
 import pytest
+from evaluation.test_results import ABOUT, NEEDLES, PERPLEXITY, PIQA, SWDE
 
 from gdn2.cli import main
+from gdn2.evaluation.results import name_of
 from gdn2.report.runs import groups_of, measures, overview
 from gdn2.report.sources import read_sources
 from gdn2.report.svg import Series, heat, lines, nice_ticks, short
 from gdn2.report.write import write_report
 
-NEEDLES = {
-    "niah_single_1": {
-        "percent": 50.0, "percent_by_length": [75.0, 25.0], "grid": [[100.0, 50.0], [50.0, 0.0]], "lengths": [128, 256],
-        "depths": [0.0, 100.0], "samples": 4,
-    },
-    "perplexity": {"perplexity": 9.5, "bits_per_byte": 1.25, "length": 512},
-    "recall": {"percent": 12.5},
-    "lm_eval:piqa": {"acc": 0.5, "max_length": 512, "checkpoint": "step_1"},
-}  # fmt: skip
+RESULTS = {
+    name_of(result): result
+    for result in (
+        NEEDLES | {"lengths": [128, 256], "depths": [0.0, 100.0], "grid": [[100.0, 50.0], [50.0, 0.0]]},
+        PERPLEXITY | {"bits_per_byte": 1.25},
+        ABOUT | {"task": "recall", "percent": 12.5, "samples": 100, "seed": 0},
+        PIQA,
+    )
+}
 
 
 @pytest.fixture
 def whole(make_run, experiments, tmp_path):
     """A page of everything: two seeds of one model, another whose name is no name, and both experiments."""
-    make_run("first", NEEDLES, bits=2.0)
-    make_run("second", NEEDLES, seed=1, bits=2.2)
+    make_run("first", RESULTS, bits=2.0)
+    make_run("second", RESULTS, seed=1, bits=2.2)
     make_run("<b onclick='x'>&amp;", cell=("mixer", "attention"), window=16)
     out = tmp_path / "report.html"
     return write_report([tmp_path / "runs", experiments], out, prompt="</pre><script>alert(1)</script>\n" * 3)
@@ -54,7 +56,8 @@ def test_page_holds_the_numbers_and_nothing_that_was_smuggled_in(whole):
     assert "b" not in page.tags
     assert "<b onclick='x'>&amp;" in words
     for expected in (
-        "first and 1 more seeds", "2.1000 ± 0.1414", "niah_single_1 at 128, %; by depth", "75.00 ± 0.00",
+        "first and 1 more seeds", "2.1000 ± 0.1414", "75.00 ± 0.00",
+        "niah_single_2 at 128, %; 100 questions, depths 0/100 %, essays.json fedcba98",
         "lm_eval:piqa, acc, texts of at most 512",
         "gdn2, hybrid", "80.0 ± 14.1", "1.6000 ± 0.1414", "Needles by depth and length",
     ):  # fmt: skip
@@ -124,15 +127,18 @@ def test_a_run_without_metrics_and_repetitions_of_a_seed_are_told_apart(make_run
 
 
 def test_numbers_that_cannot_be_compared_have_names_of_their_own():
-    perplexity = {"perplexity": 9.5, "bits_per_byte": None, "length": 512, "settings": [], "checkpoint": "step_1"}
-    assert measures({"perplexity": perplexity}) == {"perplexity, windows of 512": 9.5}
-    rounded = perplexity | {"weights": "int8", "settings": ["model.rope_factor=4"]}
-    assert measures({"perplexity": rounded}) == {"perplexity, windows of 512; int8, model.rope_factor=4": 9.5}
-    assert measures({"swde": {"percent": 5.0, "length": 2_048}, "recall": {"percent": 12.5}}) == {
-        "swde at 2,048, %": 5.0, "recall, %": 12.5,
+    text = "4,096 tokens, text 01234567"
+    assert measures([PERPLEXITY]) == {f"perplexity, windows of 512; {text}": 9.5}
+    rounded = PERPLEXITY | {"weights": "int8", "settings": ["model.rope_factor=4"]}
+    assert measures([rounded]) == {f"perplexity, windows of 512; {text}, int8, model.rope_factor=4": 9.5}
+    assert measures([SWDE, PIQA]) == {
+        "swde at 2,048, %; 90 questions, text aaaaaaaa": 5.0, "lm_eval:piqa, acc, texts of at most 512": 0.5,
     }  # fmt: skip
-    drawn = {"percent": 1.0, "percent_by_length": [1.0], "lengths": [128], "depths": []}
-    assert measures({"niah_single_1": drawn}) == {"niah_single_1 at 128, %": 1.0}
+    again = NEEDLES | {"lengths": [2_048, 4_096], "percent_by_length": [30.0, 5.0]}
+    assert measures([NEEDLES, again]) == {
+        f"niah_single_2 at {length}, %; 100 questions, essays.json fedcba98": percent
+        for length, percent in (("1,024", 75.0), ("2,048", 30.0), ("4,096", 5.0))
+    }
 
 
 def test_the_memory_of_gated_deltanet_2_is_looked_into_before_others(make_run, tmp_path):

@@ -1,6 +1,7 @@
 """One call trains and measures; erase gates up to 2 learn what gates up to 1 do not."""
 
 import json
+import math
 from dataclasses import replace
 
 import pytest
@@ -8,7 +9,7 @@ import torch
 
 from gdn2.config import ConfigError, ModelConfig, OptimConfig
 from gdn2.data.synthetic import MQAR, S5, TASKS, Parity
-from gdn2.training import tasks
+from gdn2.training import TrainingError, tasks
 from gdn2.training.tasks import TaskRun, train_task
 
 TINY = ModelConfig(vocab_size=1, d_model=16, num_layers=2, mlp_width=16, num_heads=1, key_dim=8, value_dim=8)
@@ -51,6 +52,15 @@ def test_every_load_takes_its_turn(monkeypatch):
     train_task(TINY, Watched(vocab_size=16, shortest=8), QUICK, 0)
     assert seen[:6] == [(1, 4), (2, 4)] * 3
     assert seen[6:] == 2 * [(1, 4), (1, 2), (2, 4), (2, 2)]  # six sequences of each load, tested and validated
+
+
+@pytest.mark.parametrize(("steps", "message"), [(6, "the loss of step 3 of 6"), (2, "the last step left weights that")])
+def test_a_training_that_diverges_is_no_result(monkeypatch, steps, message):
+    """Whose model says 0 to everything, the argmax of NaN: half of parity's answers. Step 2 breaks the weights."""
+    optim = OptimConfig(lr=1e-2, warmup_tokens=1)
+    monkeypatch.setattr(tasks, "learning_rate", lambda optim, step, total: 1e-2 if step == 1 else math.inf)
+    with pytest.raises(TrainingError, match=message):
+        train_task(TINY, Parity(), replace(QUICK, steps=steps, optim=optim), 0)
 
 
 @pytest.mark.parametrize(

@@ -47,6 +47,7 @@ class Loaded(NamedTuple):
     checkpoint: str
     device: "torch.device"
     autocast: AbstractContextManager[Any]
+    weights: str  # what they are kept in, and what they are computed in where that is another
 
 
 def load(run: Path, device: str, settings: Sequence[str] = (), weights: str | None = None) -> Loaded:
@@ -72,18 +73,19 @@ def load(run: Path, device: str, settings: Sequence[str] = (), weights: str | No
             raise ConfigError(f"setting {setting!r}; expected model.key=value")
     if settings:
         config = build(RunConfig, override(to_dict(config), settings))
-    where, autocast, _ = resolve_device(replace(config, train=replace(config.train, device=device)), "--device")
+    where, autocast, precision = resolve_device(replace(config, train=replace(config.train, device=device)), "--device")
     model = LanguageModel.from_checkpoint(folder, where, config.model if settings else None)
     if weights is not None:
         autocast = narrow(model, weights)
-    return Loaded(model, load_tokenizer(folder), config, folder.name, where, autocast)
+    kept = weights or ("float32" if precision == "fp32" else f"float32 computed in {precision}")
+    return Loaded(model, load_tokenizer(folder), config, folder.name, where, autocast, kept)
 
 
 def load_to_generate(run: Path, device: str, weights: str | None) -> Loaded:
     """As `load`; without `weights` in bfloat16 on a GPU where the run trained in that: a CUDA graph cannot autocast."""
     loaded = load(run, device, weights=weights)
     if weights is None and loaded.device.type == "cuda" and not isinstance(loaded.autocast, nullcontext):
-        return loaded._replace(autocast=narrow(loaded.model, "bfloat16"))
+        return loaded._replace(autocast=narrow(loaded.model, "bfloat16"), weights="bfloat16")
     return loaded
 
 

@@ -58,7 +58,7 @@ def evaluate(
     weights: Weights = None,
     device: Device = "auto",
 ) -> None:
-    """Measure a model on held-out text. The results are shown, and kept in RUN/eval.json.
+    """Measure a model on held-out text. The results are shown, and kept in RUN/eval.json beside those that are there.
 
     \b
     Examples:
@@ -73,7 +73,7 @@ def evaluate(
     """
     from rich.console import Console
 
-    from gdn2.evaluation import report
+    from gdn2.evaluation import report, results
     from gdn2.evaluation.needles import read_haystack
 
     names = report.check_tasks([name.strip() for name in tasks.split(",")])
@@ -81,16 +81,22 @@ def evaluate(
     places = numbers("--depths", depths, float, 0, 100)
     text = read_haystack(haystack) if haystack else None
     changed = list(settings or ())
-    harness = [name.removeprefix(report.HARNESS) for name in names if name.startswith(report.HARNESS)]
-    own = [name for name in names if not name.startswith(report.HARNESS)]
+    harness = [name.removeprefix(results.HARNESS) for name in names if name.startswith(results.HARNESS)]
+    own = [name for name in names if not name.startswith(results.HARNESS)]
     loaded = load(run, device, changed, weights)
     val: Any = shards_of(data or loaded.config.data.path, loaded.tokenizer).split("val") if own else None
-    about = {"checkpoint": loaded.checkpoint, "settings": changed}
-    about |= {} if weights is None else {"weights": weights}
-    results, shown = report.read(run / "eval.json"), list(own)
+    about = {"checkpoint": loaded.checkpoint, "settings": changed, "weights": loaded.weights}
+    kept = results.read(run / "eval.json")
+    shown = []
+
+    def keep(result: results.Result) -> None:
+        shown.append(result)
+        results.put(kept, result)
+        results.write(run / "eval.json", kept)
+
     for name in own:
         with loaded.autocast, counting(name) as progress:
-            results[name] = about | report.evaluate(
+            result = about | report.evaluate(
                 name,
                 loaded.model,
                 loaded.tokenizer,
@@ -107,7 +113,7 @@ def evaluate(
                 device=loaded.device,
                 progress=progress,
             )
-        report.write(run / "eval.json", results)
+        keep(result)
     if harness:
         try:
             from gdn2.integrations import lm_eval
@@ -122,11 +128,10 @@ def evaluate(
                 task_path,
                 progress=progress,
             )
-        found = {report.HARNESS + name: about | score for name, score in scores.items()}
-        results |= found
-        shown += found
-        report.write(run / "eval.json", results)
-    Console().print(report.table({name: results[name] for name in shown}))
+        tasks_of = {"task_path": None if task_path is None else str(task_path)}
+        for name, score in scores.items():
+            keep({"task": results.HARNESS + name} | about | tasks_of | score)
+    Console().print(report.table(shown))
 
 
 def numbers(option: str, text: str | None, kind: type, low: float, high: float) -> list[Any]:

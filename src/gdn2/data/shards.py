@@ -115,6 +115,13 @@ class TokenFile:
     def __len__(self) -> int:
         return len(self.tokens)
 
+    @property
+    def sha256(self) -> str:
+        """Of the checksums of the split's files: its tokens, and where documents begin."""
+        split = next(name for name in SPLITS if self.path.name.startswith(name))
+        sums = sorted(item for item in self.meta.sha256.items() if item[0].startswith(split))
+        return hashlib.sha256(json.dumps(sums).encode()).hexdigest()
+
     def bytes_of(self, targets: Tensor) -> float:
         """Bytes of text that `targets` stand for, those of -100 left out: exact for bytes, else the split's mean."""
         if self.meta.tokenizer == "bytes":

@@ -96,7 +96,7 @@ def niah_samples(
     tokenizer: Tokenizer,
     length: int,
     n: int,
-    seed: int,
+    seed: int | str,
     corpus: str | None = None,
     depth: float | None = None,
 ) -> list[NeedleSample]:
@@ -303,8 +303,8 @@ def needle_documents(
 ) -> Iterator[str]:
     """`n` training documents of at most `length` tokens or so: prompts of the tasks in turn, each with its answers.
 
-    Those of an integer are the questions of `niah_samples` with the same seed, at any length, answers included: take
-    another than is asked with, or a text, which no question has.
+    They are the questions of `niah_samples` with the same seed, at any length, answers included: take another than is
+    asked with. `gdn2 eval` asks with none that is an integer, or that `gdn2 prepare` takes.
     """
     streams = [_samples(name, tokenizer, length + ANSWER_TOKENS, seed, corpus, None) for name in names]
     for sample in islice(chain.from_iterable(zip(*streams)), n):
@@ -331,7 +331,7 @@ def niah_grid(
     lengths: Sequence[int],
     depths: Sequence[float] | None,
     n: int,
-    seed: int,
+    seed: int | str,
     answer: AnswerFn,
     corpus: str | None = None,
 ) -> list[list[float]]:

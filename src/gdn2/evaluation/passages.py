@@ -9,8 +9,10 @@ case, is right. The data is the user's: a folder with `swde.jsonl`, `squad.jsonl
 """
 
 import json
+from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -78,8 +80,8 @@ def passage_samples(passages: Sequence[Passage], tokenizer: Tokenizer, length: i
     """
     samples = []
     for passage in passages:
-        low = passage.context.lower()
-        found = [(at, answer) for answer in passage.answers if (at := low.find(answer.lower())) >= 0]
+        places = [(find(passage.context, answer), answer) for answer in passage.answers]
+        found = [(at, answer) for at, answer in places if at is not None]
         if not found:
             continue
         at, answer = min(found)
@@ -94,6 +96,15 @@ def passage_samples(passages: Sequence[Passage], tokenizer: Tokenizer, length: i
         window = passage.context if len(ids) <= room else tokenizer.decode(ids[start : start + room])
         samples.append(PassageSample(f"{window}\n{passage.question}", passage.answers))
     return samples
+
+
+def find(text: str, answer: str) -> int | None:
+    """Where in the text the answer first stands, whatever its case; None where it does not."""
+    at = text.lower().find(answer.lower())
+    if at < 0:
+        return None
+    ends = list(accumulate(len(letter.lower()) for letter in text))  # in lower case some, as "İ", are two
+    return bisect_right(ends, at)
 
 
 def score(samples: Sequence[PassageSample], answer: AnswerFn) -> float:

@@ -1,11 +1,9 @@
-"""The evaluation tasks by name, their results as plain values, and those as a file and a table."""
+"""The evaluation tasks by name, their results as plain values, and those as a table."""
 
-import json
-import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -13,6 +11,7 @@ from gdn2.data import TokenFile, Tokenizer
 from gdn2.data.shards import sha256_of
 from gdn2.evaluation import language, needles, passages, retrieval
 from gdn2.evaluation.answers import greedy
+from gdn2.evaluation.results import HARNESS, Result
 from gdn2.model import LanguageModel
 
 if TYPE_CHECKING:
@@ -21,9 +20,8 @@ if TYPE_CHECKING:
 TASKS = ("perplexity", "recall", *needles.NEEDLE_TASKS, *passages.PASSAGE_TASKS)
 RECALL_TOKENS = 4  # enough for one digit and the end of its line, under any tokenizer
 NEEDLE_LENGTH = 1_024
+NEEDLE_SEED = "gdn2 eval {}"  # a text: training documents may have been drawn with any integer
 PASSAGE_LENGTH = 2_048
-HARNESS = "lm_eval:"  # before the name of a task of lm-evaluation-harness; `integrations/lm_eval.py` runs those
-Result = dict[str, Any]
 
 
 def check_tasks(names: list[str]) -> list[str]:
@@ -64,22 +62,25 @@ def evaluate(
     if task == "perplexity":
         length = max(lengths, default=seq_len)
         score = language.perplexity(model, token_file, length, tokens, device, packed, progress)
-        return asdict(score) | {"length": length}
+        text = {"length": length, "packed": packed, "data_sha256": token_file.sha256}
+        return {"task": task} | asdict(score) | text
     if task == "recall":
         questions = retrieval.recall_samples(samples, seed)
         answer = greedy(model, tokenizer, RECALL_TOKENS, ["\n"], progress=progress)
         chance = {"chance_percent": 100 / retrieval.RECALL_PAIRS, "pairs": retrieval.RECALL_PAIRS}
-        return {"percent": retrieval.exact(questions, answer), **chance, "samples": samples, "seed": seed}
+        scores: Result = {"task": task, "percent": retrieval.exact(questions, answer), **chance}
+        return scores | {"samples": samples, "seed": seed}
     if task in passages.PASSAGE_TASKS:
         return _passages(task, model, tokenizer, passage_data, max(lengths, default=PASSAGE_LENGTH), progress)
     lengths = lengths or [NEEDLE_LENGTH]
     about, corpus = _haystack(task, haystack, token_file, tokenizer)
     total = samples * len(lengths) * max(1, len(depths))
     answer = greedy(model, tokenizer, needles.ANSWER_TOKENS, progress=progress, total=total)
-    grid = needles.niah_grid(task, tokenizer, lengths, depths, samples, seed, answer, corpus)
+    grid = needles.niah_grid(task, tokenizer, lengths, depths, samples, NEEDLE_SEED.format(seed), answer, corpus)
     by_length = [sum(row) / len(row) for row in grid]
     where = {"lengths": list(lengths), "depths": list(depths)}
-    scores = {"percent": sum(by_length) / len(by_length), "percent_by_length": by_length, "grid": grid}
+    percent = sum(by_length) / len(by_length)
+    scores = {"task": task, "percent": percent, "percent_by_length": by_length, "grid": grid}
     return scores | where | about | {"samples": samples, "seed": seed}
 
 
@@ -100,7 +101,7 @@ def _passages(
     answer = greedy(model, tokenizer, passages.NEW_TOKENS, ["\n"], progress=progress)
     left_out = {"without_answer": len(found) - len(questions), "data_sha256": sha256_of(folder / f"{task}.jsonl")}
     percent = passages.score(questions, answer)
-    return {"percent": percent, "length": length, "samples": len(questions)} | left_out
+    return {"task": task, "percent": percent, "length": length, "samples": len(questions)} | left_out
 
 
 def _haystack(
@@ -114,32 +115,13 @@ def _haystack(
     return {"haystack": haystack.name, "haystack_sha256": haystack.sha256}, haystack.text
 
 
-def read(path: Path) -> dict[str, Result]:
-    """The results in an eval.json, or none where there is no file. ValueError for a file that is not one."""
-    if not path.exists():
-        return {}
-    try:
-        results = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{str(path)!r} is not JSON ({error}); move it away to evaluate anew") from error
-    if not isinstance(results, dict) or not all(isinstance(result, dict) for result in results.values()):
-        raise ValueError(f"{str(path)!r} holds no results by task; move it away to evaluate anew")
-    return results
-
-
-def write(path: Path, results: Mapping[str, Result]) -> None:
-    """Replace the file at once: a reader, or a crash, meets the old or the new one whole."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_text(json.dumps(results, indent=2, allow_nan=False) + "\n", encoding="utf-8")
-    os.replace(temporary, path)
-
-
-def table(results: Mapping[str, Result]) -> "Table":
-    """The results for a terminal: a row per task, perplexity followed by its curve along the context."""
+def table(results: Iterable[Result]) -> "Table":
+    """The results for a terminal: a row for each, perplexity followed by its curve along the context."""
     from rich.table import Column, Table
 
     out = Table("task", Column("result", no_wrap=True), "on")
-    for task, result in results.items():
+    for result in results:
+        task = result["task"]
         if task == "perplexity":
             on = f"{result['tokens']:,} tokens, windows of {result['length']:,}"
             out.add_row(task, f"{result['perplexity']:.3f}{_bits(result)}", on)

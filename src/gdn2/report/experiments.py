@@ -11,21 +11,24 @@ from functools import partial
 from statistics import fmean
 from typing import Any
 
+from gdn2.report.rows import KINDS
 from gdn2.report.tables import Table, mean_and_deviation, mean_and_interval
 
 Row = dict[str, Any]
 BASE = "gdn2"  # what the others are compared with
-KINDS = ("recurrent", "hybrid", "attention")
+LR = "lr, of those tried"
 
 
 @dataclass(frozen=True)
 class Entry:
-    """The rows of one model at its best learning rate, one for each seed, and all rates that were tried."""
+    """The rows of one model at its best learning rate, one for each seed; all rates that were tried, and the rate of
+    each row that failed."""
 
     group: tuple[Any, ...]
     mixer: str
     lr: float
     rates: tuple[float, ...]
+    failed: tuple[float, ...]
     rows: tuple[Row, ...]
 
     @property
@@ -44,8 +47,10 @@ def entries_of(
     """
     found: dict[tuple, dict[float, list[Row]]] = defaultdict(lambda: defaultdict(list))
     seen: dict[tuple, Row] = {}
+    failed: dict[tuple, list[float]] = defaultdict(list)
     for row in rows:
         if "failed" in row:
+            failed[group(row), row["mixer"]].append(row["lr"])
             continue
         same = seen.setdefault((group(row), row["mixer"], row["lr"], row["seed"]), row)
         if same is not row:
@@ -59,41 +64,67 @@ def entries_of(
         most = max(map(len, rates.values()))
         whole = {rate: seeds for rate, seeds in rates.items() if len(seeds) == most}
         best = min(whole, key=lambda rate: fmean(map(badness, whole[rate])))
-        entries.append(Entry(name, mixer, best, tuple(sorted(rates)), tuple(whole[best])))
+        lost = tuple(failed[name, mixer])
+        entries.append(Entry(name, mixer, best, tuple(sorted({*rates, *lost})), lost, tuple(whole[best])))
     return entries
 
 
 def failures(rows: Sequence[Row]) -> list[str]:
-    """A sentence for each row whose training failed."""
-    failed = [row for row in rows if "failed" in row]
+    """A sentence for each row whose training failed; it is in no entry, and so in no mean."""
     return [
-        f"{row['kind']} {row['mixer']} at learning rate {row['lr']:g}, seed {row['seed']}, failed: {row['failed']}"
-        for row in failed
+        f"{_model_of(row)} at learning rate {row['lr']:g}, seed {row['seed']}, failed: {row['failed']}"
+        for row in rows
+        if "failed" in row
     ]
+
+
+def _model_of(row: Row) -> str:
+    if row["experiment"] == "memory":
+        return f"{memory_title(_memory_group(row))}: {row['mixer']}"
+    return f"{row['kind']} {row['mixer']}"
 
 
 def memory_entries(rows: Sequence[Row]) -> list[Entry]:
     """Of the experiment "memory", by task, memory, steps of training, sequences a step, steps of warm-up, precision."""
+    entries = entries_of(rows, _memory_group, lambda row: -fmean(answer["accuracy"] for answer in row["validation"]))
+    _check_asked([(entry.group, row) for entry in entries for row in entry.rows], _loads)
+    return entries
 
-    def group(row: Row) -> tuple[Any, ...]:
-        run = row["run"]
-        warm_up = run["optim"]["warmup_tokens"]
-        return row["task"], tuple(row["memory"]), run["steps"], run["batch"], warm_up, run["precision"]
 
-    return entries_of(
-        rows,
-        group,
-        lambda row: -fmean(answer["accuracy"] for answer in row["validation"]),
-    )
+def _loads(row: Row) -> list[float]:
+    return [answer["load"] for answer in row["by_load"]]
+
+
+def _memory_group(row: Row) -> tuple[Any, ...]:
+    run = row["run"]
+    warm_up = run["optim"]["warmup_tokens"]
+    return row["task"], tuple(row["memory"]), run["steps"], run["batch"], warm_up, run["precision"]
 
 
 def language_entries(rows: Sequence[Row]) -> list[Entry]:
     """Of the experiment "language", by text, length of training, and kind of model."""
-    return entries_of(
+    entries = entries_of(
         rows,
         lambda row: (row["corpus"]["train_sha256"], row["config"]["train"]["tokens"], row["kind"]),
         lambda row: bits(row)[0],
     )
+    _check_asked(
+        [(entry.group[:2], row) for entry in entries for row in entry.rows],
+        lambda row: [list(row["language"]), [(cell["task"], cell["length"]) for cell in row["needles"]]],
+    )
+    return entries
+
+
+def _check_asked(found: Sequence[tuple[Any, Row]], asked: Callable[[Row], list[Any]]) -> None:
+    """ValueError for two rows of one table, with its group each, that were not asked at the same loads or lengths."""
+    first: dict[Any, Row] = {}
+    for group, row in found:
+        other = first.setdefault(group, row)
+        if asked(row) != asked(other):
+            raise ValueError(
+                f"rows {other['key']} and {row['key']} belong in one table, and one was asked {asked(other)}, "
+                f"the other {asked(row)}; report them apart"
+            )
 
 
 def bits(row: Row) -> list[float]:
@@ -135,7 +166,7 @@ def memory_tables(entries: Sequence[Entry]) -> list[Table]:
         tables.append(
             Table(
                 f"{memory_title(group)}: accuracy in percent by load",
-                ("mixer", *map(str, loads), "seeds", "lr"),
+                ("mixer", *map(str, loads), "seeds", LR),
                 tuple(
                     (entry.mixer, *(mean_and_deviation(by_load[load], 1) for load in loads), *training(entry))
                     for entry, by_load in mine
@@ -230,7 +261,7 @@ def _language_table(
 ) -> Table:
     return Table(
         title,
-        ("model", *heads, "seeds", "lr", "parameters"),
+        ("model", *heads, "seeds", LR, "parameters"),
         tuple(
             (
                 f"{entry.group[2]} {entry.mixer}",
@@ -244,5 +275,9 @@ def _language_table(
 
 
 def training(entry: Entry) -> tuple[str, str]:
-    """How many seeds, and at which learning rate."""
-    return str(len(entry.rows)), f"{entry.lr:g}"
+    """How many seeds; and the best learning rate of those that were tried, with the number of failed rows of each."""
+    tried = []
+    for rate in entry.rates:
+        failed = entry.failed.count(rate)
+        tried.append(f"{rate:g} ({failed} failed)" if failed else f"{rate:g}")
+    return str(len(entry.rows)), f"{entry.lr:g} of {', '.join(tried)}"

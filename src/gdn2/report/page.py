@@ -58,13 +58,13 @@ def _runs(found: Sequence[Run], number: "count[int]") -> list[Section]:
     parts.append(grid(curves))
     maps = []
     for run in found:
-        for task, result in run.results.items():
+        for name, result in run.results.items():
             if result.get("depths"):
                 maps.append(
                     figure(
-                        f"{run.name}: {task}, percent found",
+                        f"{run.name}: {name}; percent found",
                         heat(
-                            f"{task} of {run.name}: percent found by depth and length",
+                            f"{name}, of {run.name}: percent found by depth and length",
                             list(zip(*result["grid"])),
                             [f"{depth:g} %" for depth in result["depths"]],
                             [f"{length:,}" for length in result["lengths"]],
@@ -82,7 +82,8 @@ def _experiments(rows: dict[str, dict[str, Any]], number: "count[int]") -> list[
         name: i for i, name in enumerate(sorted({row["mixer"] for part in rows.values() for row in part.values()}))
     }
     if "memory" in rows:
-        entries = experiments.memory_entries(list(rows["memory"].values()))
+        found = list(rows["memory"].values())
+        entries = experiments.memory_entries(found)
         charts = []
         for group in dict.fromkeys(entry.group for entry in entries):
             mine = [(entry, experiments.accuracies(entry)) for entry in entries if entry.group == group]
@@ -92,16 +93,18 @@ def _experiments(rows: dict[str, dict[str, Any]], number: "count[int]") -> list[
             name = experiments.memory_title(group)
             charts.append(figure(name, accuracy(name, series)))
         tables = [table(t, number) for t in experiments.memory_tables(entries)]
-        sections.append(("memory-tasks", "Experiment: memory", "\n".join([grid(charts), *tables])))
+        sections.append(("memory-tasks", "Experiment: memory", "\n".join([grid(charts), *_failures(found), *tables])))
     if "language" in rows:
         found = list(rows["language"].values())
         entries = experiments.language_entries(found)
-        failed = "".join(f"<p>{escape(sentence)}.</p>" for sentence in experiments.failures(found))
-        parts = [failed] if failed else []
-        parts += [table(t, number) for t in experiments.language_tables(entries)]
+        parts = [*_failures(found), *(table(t, number) for t in experiments.language_tables(entries))]
         sections.append(("language", "Experiment: language and needles", "\n".join([_curves(entries, styles), *parts])))
         sections.append(("needles", "Needles by depth and length", _needles(entries)))
     return sections
+
+
+def _failures(rows: Sequence[Row]) -> list[str]:
+    return [f"<p>{escape(sentence)}.</p>" for sentence in experiments.failures(rows)]
 
 
 def accuracy(name: str, series: Sequence[Series]) -> str:

@@ -3,14 +3,15 @@ one, with mean and deviation. Repetitions with the same seed and settings stand 
 """
 
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
 
 from gdn2.config import RunConfig
+from gdn2.evaluation.results import Result, conditions, place
 from gdn2.model import LanguageModel
-from gdn2.report.sources import Row, Run
+from gdn2.report.sources import Run
 from gdn2.report.tables import Table, mean_and_deviation
 
 NONE = "–"
@@ -100,7 +101,7 @@ def gate_means(groups: Sequence[Group]) -> Table | None:
 
 def evaluations(groups: Sequence[Group]) -> Table | None:
     """A row for each measure of `gdn2 eval`, a column for each group that has any; None without any."""
-    measured = [(group, [measures(run.results) for run in group.runs]) for group in groups]
+    measured = [(group, [measures(run.results.values()) for run in group.runs]) for group in groups]
     measured = [(group, found) for group, found in measured if any(found)]
     if not measured:
         return None
@@ -115,29 +116,25 @@ def evaluations(groups: Sequence[Group]) -> Table | None:
     return Table("gdn2 eval", ("measure", *(group.name for group, _ in measured)), tuple(rows))
 
 
-def measures(results: dict[str, Row]) -> dict[str, float]:
-    """Plain numbers out of eval.json, by name and unit; names say all that makes two numbers incomparable: lengths,
-    rounded weights, settings of the model in place of the run's, and depths in place of drawn ones."""
+def measures(results: Iterable[Result]) -> dict[str, float]:
+    """Plain numbers out of eval.json, by name and unit, oldest first; names say all that makes two numbers
+    incomparable. Where two results have a number in common, as a needle task at lengths of which some were asked again,
+    the newer one counts."""
     found: dict[str, float] = {}
-    for task, result in results.items():
-        changed = [result["weights"]] if result.get("weights") else []
-        changed += result.get("settings", [])
-        changed += ["by depth"] if result.get("depths") else []
-        about = f"; {', '.join(changed)}" if changed else ""
+    for result in results:
+        task, where, about = result["task"], place(result), conditions(result)
         if task == "perplexity":
-            found[f"perplexity, windows of {result['length']:,}{about}"] = result["perplexity"]
+            found[f"perplexity{where}{about}"] = result["perplexity"]
             if result["bits_per_byte"] is not None:
-                found[f"bits per byte, windows of {result['length']:,}{about}"] = result["bits_per_byte"]
-        elif "percent_by_length" in result:
+                found[f"bits per byte{where}{about}"] = result["bits_per_byte"]
+        elif "lengths" in result:
             for length, percent in zip(result["lengths"], result["percent_by_length"]):
-                found[f"{task} at {length:,}, %{about}"] = percent
+                found[f"{task}{place(result | {'lengths': [length]})}, %{about}"] = percent
         elif "percent" in result:
-            length = f" at {result['length']:,}" if "length" in result else ""
-            found[f"{task}{length}, %{about}"] = result["percent"]
+            found[f"{task}{where}, %{about}"] = result["percent"]
         else:  # of lm-evaluation-harness
-            length = f"texts of at most {result['max_length']:,}"
             numbers = {name: value for name, value in result.items() if isinstance(value, float)}
-            found |= {f"{task}, {name}, {length}{about}": value for name, value in numbers.items()}
+            found |= {f"{task}, {name}{where}{about}": value for name, value in numbers.items()}
     return found
 
 

@@ -7,11 +7,11 @@ from pathlib import Path
 from typing import Any
 
 from gdn2.config import RunConfig, read_config
-from gdn2.evaluation import report as results
+from gdn2.evaluation import results
+from gdn2.report.rows import check_row
 from gdn2.training.metrics import read_metrics
 
 Row = dict[str, Any]
-EXPERIMENTS = ("memory", "language")
 
 
 @dataclass(frozen=True)
@@ -74,19 +74,16 @@ def _add_rows(sources: Sources, path: Path) -> None:
 
 
 def read_rows(path: Path) -> dict[str, Row]:
-    """The rows of a file by key; a last line cut off by a crash is left out. ValueError for any other line."""
+    """The rows of a file by key; a last line cut off by a crash is left out. ValueError for any other line that is no
+    row, or lacks what tables show."""
     rows: dict[str, Row] = {}
     for number, line in enumerate(path.read_bytes().splitlines(keepends=True), 1):
         if not line.endswith(b"\n"):
             break
         try:
             row = json.loads(line)
-            known = row["experiment"] in EXPERIMENTS
-            rows[row["key"]] = row
-        except (ValueError, KeyError, TypeError) as error:
+            check_row(row)
+        except ValueError as error:
             raise ValueError(f"{path}:{number}: no row of an experiment: {error}") from error
-        if not known:
-            raise ValueError(
-                f"{path}:{number}: experiment is {row['experiment']!r}; expected one of {', '.join(EXPERIMENTS)}"
-            )
+        rows[row["key"]] = row
     return rows

@@ -19,6 +19,7 @@ from gdn2.data.synthetic import Questions, SyntheticTask
 from gdn2.layers import AttentionState
 from gdn2.model import LanguageModel
 from gdn2.training.optim import adamw, learning_rate
+from gdn2.training.train import TrainingError
 
 TEST_SEED = 1_000_003  # of the questions asked at the end, the same for all models and seeds
 VALIDATION_SEED = 2_000_003  # of those that choose between learning rates
@@ -56,10 +57,11 @@ def train_task(
     """Train a model of `config`, with the task's vocabulary, from `seed`; its accuracy by load.
 
     Returns plain values: by_load and validation, each a list of {load, accuracy in [0, 1], answers}; loss, the mean of
-    every twentieth of training, nats per answer (None where not finite); parameters; memory_floats, the numbers in the
-    recurrent memories of all layers.
+    every twentieth of training, nats per answer; parameters; memory_floats, the numbers in the recurrent memories of
+    all layers.
 
-    ConfigError for settings that do not fit, ValueError for a load that the task does not allow.
+    ConfigError for settings that do not fit, ValueError for a load that the task does not allow, TrainingError for a
+    training that diverges: such a model would answer too, always the first token, and on parity half rightly.
     """
     check_device("device", device)
     where = torch.device(device)
@@ -67,13 +69,14 @@ def train_task(
     torch.manual_seed(seed)
     model = LanguageModel(config).to(where)
     generator = torch.Generator(where).manual_seed(seed)
-    losses = _fit(model, task, run, generator)
+    losses = _fit(model, task, run, generator).cpu()
+    _check_finite(model, losses)
     model.eval()
     tested = run.test_loads or run.loads
     return {
         "by_load": [_accuracy(model, task, load, run, TEST_SEED) for load in tested],
         "validation": [_accuracy(model, task, load, run, VALIDATION_SEED) for load in run.loads],
-        "loss": [_mean(part) for part in losses.cpu().tensor_split(20) if len(part)],
+        "loss": [float(part.mean()) for part in losses.tensor_split(20) if len(part)],
         "parameters": model.num_parameters(),
         "memory_floats": _memory_floats(model),
     }
@@ -111,6 +114,14 @@ def _fit(model: LanguageModel, task: SyntheticTask, run: TaskRun, generator: tor
     for number in range(int(step), run.steps):
         replays[number % len(run.loads)]()
     return losses
+
+
+def _check_finite(model: LanguageModel, losses: Tensor) -> None:
+    bad = (~losses.isfinite()).nonzero().flatten().tolist()
+    if bad:
+        raise TrainingError(f"the loss of step {bad[0] + 1} of {len(losses)} was not finite")
+    if not all(bool(weights.isfinite().all()) for weights in model.parameters()):
+        raise TrainingError("the last step left weights that are not finite")
 
 
 def _record(
@@ -160,11 +171,6 @@ def _accuracy(model: LanguageModel, task: SyntheticTask, load: int, run: TaskRun
 
 def _autocast(run: TaskRun, device: torch.device) -> Any:
     return torch.autocast(device.type, torch.bfloat16) if run.precision == "bf16" else nullcontext()
-
-
-def _mean(losses: Tensor) -> float | None:
-    mean = float(losses.mean())
-    return mean if math.isfinite(mean) else None
 
 
 def _memory_floats(model: LanguageModel) -> int:
