@@ -103,6 +103,13 @@ def test_devices_share_out_states_sequences_and_tokens(make_config: MakeConfig) 
         assert (own.weights, own.gradients, own.optimizer) == (b.weights, b.gradients, b.optimizer)
     own = plan(make_config(*size, "parallel.replicas=2"), 4).memory["none"]
     assert (own.weights, own.optimizer) == (a.weights // 2, a.optimizer // 2)
+    split_heads = make_config(*size, "model.num_heads=2", "parallel.tensor=2")
+    whole, halves = plan(make_config(*size, "model.num_heads=2")).memory["none"], plan(split_heads, 2).memory["none"]
+    around = sum(p.nbytes for n, p in LanguageModel(split_heads.model).named_parameters() if "blocks" not in n)
+    assert 0.5 < (halves.weights - around) / (whole.weights - around) < 0.6  # norms and low ranks are whole everywhere
+    quarters = plan(split_heads, 4).memory["none"]
+    assert (quarters.weights, quarters.optimizer) == (halves.weights // 2, halves.optimizer // 2)
+    assert plan(split_heads, 4).checkpoint == plan(make_config(*size, "model.num_heads=2")).checkpoint
     split = share_of_one(make_config(*size, "parallel.context=2", "parallel.shards=2"), 4)
     assert (split.data.seq_len, split.train.micro_batch, split.train.batch_tokens) == (32, 8, 512)
     with pytest.raises(

@@ -7,7 +7,8 @@ from pathlib import Path
 from gdn2.config import RECOMPUTE, ConfigError, RunConfig, require
 from gdn2.data import Shards
 from gdn2.info import ModelInfo, describe
-from gdn2.training.memory import Memory, estimate
+from gdn2.training.memory import Memory, estimate, on_meta
+from gdn2.training.optim import state_bytes
 from gdn2.training.parallel import check_parallel
 from gdn2.training.throughput import mfu
 
@@ -44,9 +45,10 @@ def plan(config: RunConfig, devices: int = 1) -> Plan:
     tokens = config.steps * config.train.batch_tokens
     own = share_of_one(config, devices)
     whole = {mode: estimate(own, mode, on_gpu, precision) for mode in RECOMPUTE}
-    now = whole[config.train.recompute]
+    empty = on_meta(config.model)
+    checkpoint = sum(p.nbytes for p in empty.parameters()) + state_bytes(empty, config.optim)
     memory = {mode: sharded(found, config, devices, precision) for mode, found in whole.items()}
-    return Plan(model, config.steps, tokens, tokens * model.training_flops, memory, now.weights + now.optimizer)
+    return Plan(model, config.steps, tokens, tokens * model.training_flops, memory, checkpoint)
 
 
 def share_of_one(config: RunConfig, devices: int) -> RunConfig:
@@ -71,10 +73,10 @@ def share_of_one(config: RunConfig, devices: int) -> RunConfig:
 
 
 def sharded(found: Memory, config: RunConfig, devices: int, precision: str) -> Memory:
-    """Weights, gradients and optimizer shared out over all ranks but replicas, and what is gathered for use: embedding,
-    head and two blocks with their gradients. Activations are taken as if tensor parallelism split none."""
-    _, shards, context, tensor = config.parallel.sizes(devices)
-    ranks = shards * context * tensor
+    """Weights, gradients and optimizer shared out over all ranks but replicas and those that `estimate` knows of, and
+    what is gathered for use: embedding, head and two blocks with their gradients."""
+    _, shards, context, _ = config.parallel.sizes(devices)
+    ranks = shards * context
     if ranks == 1:
         return found
     largest = max(part.gradients for kind, part in found.parts.items() if kind != "loss")
