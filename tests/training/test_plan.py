@@ -10,7 +10,7 @@ from gdn2.cli import main
 from gdn2.config import ConfigError, RunConfig
 from gdn2.info import describe
 from gdn2.model import LanguageModel
-from gdn2.training.plan import duration, plan, share_of_one, show, size
+from gdn2.training.plan import duration, peak_here, plan, share_of_one, show, size
 from gdn2.training.throughput import mfu, peak_flops
 
 MakeConfig = Callable[..., RunConfig]
@@ -50,6 +50,30 @@ def test_text_names_costs_of_every_mode(make_config: MakeConfig, tmp_path: Path)
     assert f"{size(3 * checkpoint + shares)} for 3; " in show(config, tmp_path / "run", devices=2)
     assert "is not prepared yet" in show(make_config("data.path=none"), tmp_path / "run")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_time_without_a_rate_is_that_of_an_assumed_share_of_the_peak(
+    make_config: MakeConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    unknown = r"time +unknown without --rate TOKENS_PER_SECOND: neither train\.peak_flops nor the device tells a peak$"
+    assert re.search(unknown, show(make_config(), tmp_path / "run"), re.M)
+    config = make_config("train.peak_flops=1e3")
+    seconds = plan(config).flops / (0.43 * 1e3)
+    said = (
+        " if each device reaches 43% of its peak, 1e+03 FLOPs/s, as an H100 did with gdn2-hybrid-1.3b, nothing recomp"
+    )
+    for devices in (1, 2):
+        assert f"{duration(seconds / devices)}{said}" in show(config, tmp_path / "run", devices=devices)
+    assert said not in show(config, tmp_path / "run", rate=5.0)
+    assert duration(seconds) != duration(seconds / 2)
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA H100 80GB HBM3")
+    on_gpu = [f"train.device={name}" for name in ("auto", "cuda", "cuda:1")]
+    assert all(peak_here(make_config(device)) == 989e12 for device in on_gpu)
+    for elsewhere in (["train.device=cpu"], ["train.device=cuda:2"], ["train.device=cuda", "train.precision=fp32"]):
+        assert peak_here(make_config(*elsewhere)) is None
 
 
 def test_command_writes_nothing_and_plans_for_a_gpu_that_is_not_here(
