@@ -9,7 +9,7 @@ from evaluation.test_results import ABOUT, NEEDLES, PERPLEXITY, PIQA, SWDE
 
 from gdn2.cli import main
 from gdn2.evaluation.results import name_of
-from gdn2.report.runs import groups_of, measures, overview
+from gdn2.report.runs import gate_means, groups_of, measures, overview
 from gdn2.report.sources import read_sources
 from gdn2.report.svg import Series, heat, lines, nice_ticks, short
 from gdn2.report.write import write_report
@@ -124,6 +124,19 @@ def test_a_run_without_metrics_and_repetitions_of_a_seed_are_told_apart(make_run
     assert found["begun"][1] == found["begun"][6] == "–"
     html = write_report([tmp_path / "runs"], tmp_path / "report.html").read_text()
     assert "begun" in html
+
+
+def test_memories_of_mamba_stand_beside_the_gates_of_others(make_run, tmp_path):
+    make_run("gated")
+    path = make_run("mamba", mixer="mamba2") / "metrics.jsonl"
+    *rows, val = map(json.loads, path.read_text().splitlines())
+    val["layers"] = [{"state_rms": 0.25}, {"state_rms": 0.75}]
+    path.write_text("".join(json.dumps(row) + "\n" for row in [*rows, val]))
+    table = gate_means(groups_of(read_sources([tmp_path / "runs"]).runs))
+    assert table.rows == (
+        ("gated", "0.500", "0.250", "0.900", "0.000", "0.125", "0.062"),
+        ("mamba", *"–" * 5, "0.500"),
+    )
 
 
 def test_numbers_that_cannot_be_compared_have_names_of_their_own():

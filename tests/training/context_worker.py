@@ -1,4 +1,4 @@
-"""Sequences whose tokens lie on four ranks, in float64, against the same in one process: outputs and every gradient."""
+"""Sequences whose tokens lie on four ranks against the same in one process, in float64: outputs, states, gradients."""
 
 import copy
 import os
@@ -42,7 +42,10 @@ def part_of(context, x):
 
 
 def near(name, own, whole):
-    gap = float((own - whole).detach().abs().max()) if whole.numel() else 0.0
+    assert own.shape == whole.shape, f"{name}: {own.shape}, {whole.shape}"
+    if not whole.numel():
+        return
+    gap = float((own - whole).detach().abs().max())
     assert gap < EXACT * max(1.0, float(whole.detach().abs().max())), f"{name}: off by {gap}"
 
 
@@ -68,7 +71,8 @@ def check_operator(context, name, cuts):
     o.backward(do)
     offsets = cut(context, rows, cuts)
     own = [part_of(context, t).clone().requires_grad_() for t in (q, k, v, *gates)]
-    mine = across_ranks(gated_delta_rule_2, own, context, offsets)
+    mine, state = across_ranks(gated_delta_rule_2, own, context, offsets)
+    assert state is None
     mine.backward(part_of(context, do))
     near(f"{name}: o", mine, part_of(context, o))
     for what, a, b in zip("qkvgbw", own, whole):
@@ -101,6 +105,18 @@ def check_mixer(context, name, make, cuts):
     assert state is None
     mine.backward(part_of(context, dy))
     near(f"{name}: y", mine, part_of(context, y))
+    with torch.no_grad():
+        _, states = mixer(x, None, None if cuts is None else torch.tensor(cuts))
+        _, after = shared(own, None, offsets, True)
+    ends = [context.size * own.shape[1]] if cuts is None else cuts[1:]
+    here = range(context.rank * own.shape[1] + 1, (context.rank + 1) * own.shape[1] + 1)
+    ended = [i for i, end in enumerate(ends) if end in here and (cuts is None or end > cuts[i])]
+    for what, a, b in zip(states._fields, after, states):
+        a = context.ended(a, offsets)
+        b = b[ended] if cuts else b[slice(None) if ended else slice(0)]
+        if a.shape[1:] != b.shape[1:]:  # full attention: room for the longest sequence, which may not be this rank's
+            b = b[:, : a.shape[1]]
+        near(f"{name}: {what}", a, b)
     near(f"{name}: dx", own.grad, part_of(context, x.grad))
     for (what, a), b in zip(shared.named_parameters(), mixer.parameters()):
         total = a.grad.clone()

@@ -13,6 +13,7 @@ from gdn2.data import Shards, TokenBatches
 from gdn2.model import LanguageModel
 from gdn2.presets import preset
 from gdn2.training.distributed import Ranks
+from gdn2.training.metrics import inspect, layer_statistics
 from gdn2.training.optim import adamw
 from gdn2.training.parallel import parallelize
 from gdn2.training.recompute import recompute
@@ -30,6 +31,8 @@ SCENARIOS = {
         "bf16": {},
         "packed": {},
         "context-full": {"context": 2},
+        "context-packed": {"context": 2},
+        "context-mamba2": {"context": 2},
         "tensor": {"tensor": 2},
         "tensor-kda-full": {"tensor": 2},
         "tensor-gdn-selective": {"tensor": 2},
@@ -53,7 +56,9 @@ def config_of(data, name, parallel):
         f"train.micro_batch={1 if name in ('fsdp', 'hsdp-full') else 2}", "train.batch_tokens=256",
         f"train.device={KIND}", "seed=7",
     ]  # fmt: skip
-    settings += [f"model.mixer={mixer}" for mixer in ("kda", "gdn", "deltanet", "linear") if mixer in name.split("-")]
+    settings += [
+        f"model.mixer={mixer}" for mixer in ("kda", "gdn", "deltanet", "linear", "mamba2") if mixer in name.split("-")
+    ]
     config = load_run(None, settings, preset)
     return replace(config, parallel=ParallelConfig(**parallel))
 
@@ -119,6 +124,28 @@ def check(config, precision, tolerance, mode):
     settle(many, ranks)
     count = int((batches[0].targets >= 0).sum()) * ranks.data_size
     assert abs(ranks.sum([float(own_loss)])[0] / count - loss) <= 10 * tolerance * loss
+    check_layers(one, many, order, autocast, ranks, tolerance)
+
+
+@torch.no_grad()
+def check_layers(one, many, batches, autocast, ranks, tolerance):
+    """What is watched of each layer, with some gates far enough from the middle to be at an end of their range."""
+    for model in (one, many):
+        for name, parameter in model.named_parameters():
+            if name.endswith(("gates.erase.weight", "gates.write.weight", "gates.beta.weight")):
+                parameter.mul_(50)
+    with autocast:
+        expected = layer_statistics(one, batches.read([0]).to(DEVICE))
+    found = inspect(many, batches, DEVICE, autocast, ranks)
+    assert len(found) == len(expected) > 0
+    gates = one.config.mixer not in ("linear", "mamba2")
+    for a, b in zip(found, expected):
+        assert a.keys() == b.keys()
+        assert not gates or 0.05 < b["saturated_erase"] < 0.95
+        for name in a:
+            # A gate may fall to the other side of the end of its range; what falls is a share of few thousands.
+            slack = 0.01 if name.startswith("saturated") else 10 * tolerance * abs(b[name])
+            assert abs(a[name] - b[name]) <= slack, (ranks.describe(), name, a[name], b[name])
 
 
 def check_dtypes(config):

@@ -1,11 +1,12 @@
 """The estimate of memory, held to what real steps hold: torch's own profiler sees every allocation, inside ops too."""
 
-import gc
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from pathlib import Path
 
 import pytest
+import ranks
 import torch
+from allocations import allocations
 
 from gdn2.config import RECOMPUTE, RunConfig
 from gdn2.model import LanguageModel
@@ -20,24 +21,6 @@ WIDE = ("model.d_model=64", "model.mlp_width=160", "model.num_heads=2", "model.k
         "model.attention_heads=2", "data.seq_len=256", "model.window=64", "train.micro_batch=2")  # fmt: skip
 MIXERS = ("gdn2", "kda", "gdn", "deltanet", "linear", "mamba2", "mamba3", "mamba3 of rank 4")
 ACCUMULATED, ONE = "train.batch_tokens=2048", "train.batch_tokens=512"
-
-
-@contextmanager
-def allocations() -> Iterator[list[int]]:
-    """Bytes that the CPU's allocator handed out more than it got back since the start, after each of its events."""
-    totals: list[int] = []
-    activities = [torch.profiler.ProfilerActivity.CPU]
-    gc.collect()
-    gc.disable()  # else what an earlier test left in a cycle may be given back within
-    with torch.profiler.profile(activities=activities, profile_memory=True) as profiler:
-        yield totals
-    gc.enable()
-    live = 0
-    assert profiler.profiler is not None
-    events = [e for e in profiler.profiler.kineto_results.events() if e.name() == "[memory]"]
-    for event in sorted(events, key=lambda e: e.start_ns()):
-        live += event.nbytes()
-        totals.append(live)
 
 
 def real_step(config: RunConfig, bf16: bool, backward: bool = True) -> list[int]:
@@ -164,6 +147,11 @@ def test_a_gpu_is_planned_for_without_one(make_config: MakeConfig, mode: str, mi
     if mode == "none" and mixer == "gdn2":
         assert gpu.activations < 0.9 * cpu.activations
     assert not is_planning()
+
+
+def test_peak_of_two_ranks_is_the_planned_one(shards: Path) -> None:
+    """FSDP, HSDP, context and tensor parallelism, within 15 %."""
+    assert "checked 8\n" in ranks.run_well(2, Path(__file__).with_name("memory_worker.py"), shards)
 
 
 @pytest.mark.gpu

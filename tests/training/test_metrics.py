@@ -91,17 +91,30 @@ def test_layer_statistics_are_those_of_the_gates(model: LanguageModel) -> None:
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
 
 
-@pytest.mark.parametrize("mixer", ["kda", "deltanet", "mamba2"])
+SMALL = {"num_layers": 2, "num_heads": 1, "key_dim": 4, "value_dim": 4, "d_model": 8, "mlp_width": 8}
+
+
+@pytest.mark.parametrize("mixer", ["mamba2", "mamba3"])
+def test_memories_of_mamba_are_looked_at(mixer: str) -> None:
+    model, tokens = LanguageModel(ModelConfig(vocab_size=9, mixer=mixer, **SMALL)), torch.randint(9, (2, 12))
+    rows = layer_statistics(model, Batch(tokens, tokens, None))
+    with torch.no_grad():
+        _, states = model(tokens)
+    assert len(rows) == 2
+    for row, state in zip(rows, states):
+        assert row == {"state_rms": pytest.approx(float(state.memory.square().mean().sqrt()))}
+        assert row["state_rms"] > 0
+
+
+@pytest.mark.parametrize("mixer", ["kda", "deltanet"])
 def test_layer_statistics_of_the_other_mixers(mixer: str) -> None:
-    """One beta erases and writes, doubled alike; no decay counts as one that keeps everything; Mamba has no gates."""
-    negative = mixer != "mamba2"
-    small = {"num_layers": 2, "num_heads": 1, "key_dim": 4, "value_dim": 4, "d_model": 8, "mlp_width": 8}
-    model = LanguageModel(ModelConfig(vocab_size=9, mixer=mixer, negative_eigenvalues=negative, **small))
+    """One beta erases and writes, doubled alike; no decay counts as one that keeps everything."""
+    model = LanguageModel(ModelConfig(vocab_size=9, mixer=mixer, negative_eigenvalues=True, **SMALL))
     tokens = torch.randint(9, (2, 12))
     for gates in (m for m in model.modules() if isinstance(m, TiedGates)):
         torch.nn.init.zeros_(gates.beta.weight)
     rows = layer_statistics(model, Batch(tokens, tokens, None))
-    assert len(rows) == (2 if negative else 0)
+    assert len(rows) == 2
     for row in rows:
         assert row["mean_erase"] == row["mean_write"] == 1
         assert row["saturated_erase"] == row["saturated_write"] == 0

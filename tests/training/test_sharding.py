@@ -1,4 +1,5 @@
-"""FSDP2 and HSDP are one process: initialisation, loss, gradients, clipping and the weights after a step."""
+"""FSDP2 and HSDP are one process: initialisation, loss, gradients, clipping, the weights after a step
+and what is watched of each layer."""
 
 from pathlib import Path
 
@@ -9,7 +10,10 @@ import torch
 WORKER = Path(__file__).with_name("sharding_worker.py")
 
 
-TWO = "fsdp tied bf16 packed context-full tensor tensor-kda-full tensor-gdn-selective tensor-deltanet tensor-linear"
+TWO = (
+    "fsdp tied bf16 packed context-full context-packed context-mamba2 tensor tensor-kda-full tensor-gdn-selective "
+    "tensor-deltanet tensor-linear"
+)
 FOUR = "fsdp hsdp-full context-packed-selective tensor-bf16"
 
 

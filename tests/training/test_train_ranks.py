@@ -50,6 +50,9 @@ def assert_same_rows(one, many):
             )  # fmt: skip
             assert a["loss"] == pytest.approx(b["loss"], rel=1e-5)
             assert a["bits_per_byte"] == pytest.approx(b["bits_per_byte"], rel=1e-5)
+    for a, b in zip(rows(one, "layers"), rows(many, "layers"), strict=True):
+        for one_layer, same in zip(a["layers"], b["layers"], strict=True):
+            assert one_layer == pytest.approx(same, rel=1e-3)
 
 
 def drop(run_dir, step):
@@ -87,7 +90,7 @@ def test_one_then_two_then_one_process_is_one_run(make_config, tmp_path):
 def test_every_kind_of_parallelism_saves_what_the_others_read(make_config, tmp_path):
     """Four steps on four ranks with replicas, four more with shards and tensors: rows and weights of one process."""
     settings = ["train.batch_tokens=256", "train.tokens=2048", "train.keep_last=1", "train.keep_every=4"]
-    settings += ["train.checkpoint_every=4", "train.eval_every=4", "train.log_every=1"]
+    settings += ["train.checkpoint_every=4", "train.eval_every=4", "train.log_every=1", "train.watch_every=2"]
     settings += ["model.num_heads=2", "model.attention_heads=2"]
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     train(make_config(*settings), whole)

@@ -53,6 +53,9 @@ def test_saturated_gates_and_growing_memories_are_told_by_layer() -> None:
     assert watch.layers(60, [layer(state_rms=math.nan), layer()]) == [
         "warning: the memory of mixer 0 has grown from 1 to nan (rms)"
     ]
+    mamba = Watch(257)
+    assert mamba.layers(1, [{"state_rms": 1.0}]) == []
+    assert mamba.layers(2, [{"state_rms": 31.0}]) == ["warning: the memory of mixer 0 has grown from 1 to 31 (rms)"]
 
 
 def test_diverging_run_is_warned_of_before_it_is_not_finite(

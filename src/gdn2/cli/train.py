@@ -48,7 +48,8 @@ def train(
         bool, typer.Option("--dry-run", help="Say what the run will cost, and leave: nothing is allocated or written.")
     ] = False,
     rate: Annotated[
-        float | None, typer.Option(help="With --dry-run: tokens per second that are expected, for the time.")
+        float | None,
+        typer.Option(help="With --dry-run: tokens per second that are expected, for the time; else assumed."),
     ] = None,
     devices: Annotated[int, typer.Option(min=1, help="With --dry-run: devices to plan for.")] = 1,
     keys: Annotated[

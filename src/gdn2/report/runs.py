@@ -80,7 +80,7 @@ def kind_of(config: RunConfig) -> str:
 
 
 def gate_means(groups: Sequence[Group]) -> Table | None:
-    """What the gates of the delta rules did at the last validation, means over layers; None without any."""
+    """What gates and memories were at the last validation, means over layers; None without any. Mamba has no gates."""
     names = {
         "mean_erase": "erase",
         "mean_write": "write",
@@ -93,10 +93,12 @@ def gate_means(groups: Sequence[Group]) -> Table | None:
     for group in groups:
         layers = [val[-1]["layers"] for run in group.runs if (val := run.rows("val")) and val[-1].get("layers")]
         if layers:
-            means = [[sum(layer[name] for layer in run) / len(run) for run in layers] for name in names]
-            rows.append((group.name, *(mean_and_deviation(values, 3) for values in means)))
+            means = [
+                [sum(layer[name] for layer in run) / len(run) for run in layers if name in run[0]] for name in names
+            ]
+            rows.append((group.name, *(mean_and_deviation(values, 3) if values else NONE for values in means)))
     heads = ("run", *names.values())
-    return Table("Gates at the last validation, means over layers", heads, tuple(rows)) if rows else None
+    return Table("Gates and memories at the last validation, means over layers", heads, tuple(rows)) if rows else None
 
 
 def evaluations(groups: Sequence[Group]) -> Table | None:

@@ -7,7 +7,8 @@ exchange them, and each folds those before its own; then the operator runs from 
 gradient dE of the state after a part gives M^T dE + N' before it, with N' what the part's own outputs give: the same
 fold from the last rank to the first. M is what the operator makes of an identity matrix with nothing written.
 
-Layers stay as they are: `share_context` gives each mixer of a model a `forward` that first fetches its state.
+Layers stay as they are: `share_context` gives each mixer of a model a `forward` that first fetches its state. The state
+that it returns, without gradients only, is that after this rank's tokens of each sequence.
 """
 
 from collections.abc import Sequence
@@ -22,6 +23,7 @@ from torch import Tensor, nn
 from gdn2.data import Batch
 from gdn2.layers import Mamba2, SlidingWindowAttention
 from gdn2.layers.delta import DeltaMixer
+from gdn2.layers.state import AttentionState, DeltaState, Mamba2State, join_states
 from gdn2.ops.rules import Rule
 from gdn2.ops.short_conv import short_conv
 
@@ -67,6 +69,12 @@ class Context:
         )
         cuts = None if batch.cu_seqlens is None else torch.tensor([0, *(b - begin for b in inside), length])
         return Batch(batch.tokens[:, begin:end].contiguous(), batch.targets[:, begin:end].contiguous(), cuts)
+
+    def ended(self, states: Tensor, cu_seqlens: Tensor | None) -> Tensor:
+        """Those of the states [N, ...] after this rank's tokens that are after a whole sequence."""
+        if self.rank == self.size - 1 or self.part.fresh[self.rank + 1]:
+            return states
+        return states[:0] if cu_seqlens is None else states[:-1]  # the last packed one goes on with the next rank
 
     def halo(self, x: Tensor, tokens: int | None) -> Tensor:
         """The `tokens` inputs [B, tokens, D] before this rank's x [B, T, D], all there are for None.
@@ -132,20 +140,25 @@ class _Halo(torch.autograd.Function):
 
 
 def across_ranks(
-    rule: Rule, inputs: Sequence[Tensor | None], context: Context, cu_seqlens: Tensor | None = None
-) -> Tensor:
+    rule: Rule,
+    inputs: Sequence[Tensor | None],
+    context: Context,
+    cu_seqlens: Tensor | None = None,
+    output_state: bool = False,
+) -> tuple[Tensor, Tensor | None]:
     """A rule over sequences whose tokens lie on all ranks of `context`: this rank's outputs.
 
     Args:
         rule: the operator, in the form of `DeltaMixer.rule`.
         inputs: of this rank's tokens: q, k, v, decay, erase, write, and what has no tokens. Gradients flow to all.
         cu_seqlens: as `Context.take` made it.
+        output_state: return a state too, through which no gradients flow.
 
     Returns:
-        o [B, T, HV, V], T being this rank's tokens.
+        o [B, T, HV, V], T being this rank's tokens, and the state [N, HV, K, V] after those of each sequence, or None.
     """
-    o: Tensor = _AcrossRanks.apply(rule, context, cu_seqlens, *inputs)
-    return o
+    o, state = _AcrossRanks.apply(rule, context, cu_seqlens, output_state, *inputs)
+    return o, state
 
 
 class _AcrossRanks(torch.autograd.Function):
@@ -153,21 +166,31 @@ class _AcrossRanks(torch.autograd.Function):
     the outputs, for the other ranks, then those by the state after the part, from them."""
 
     @staticmethod
-    def forward(ctx: Any, rule: Rule, context: Context, cu_seqlens: Tensor | None, *inputs: Tensor | None) -> Tensor:
+    def forward(
+        ctx: Any,
+        rule: Rule,
+        context: Context,
+        cu_seqlens: Tensor | None,
+        output_state: bool,
+        *inputs: Tensor | None,
+    ) -> tuple[Tensor, Tensor | None]:
         M, N = affine_map(rule, inputs, cu_seqlens)
         start = context.state_before(M, N)
-        o, _ = rule(*inputs, initial_state=_first(start, cu_seqlens), output_final_state=False, cu_seqlens=cu_seqlens)
+        first = _first(start, cu_seqlens)
+        o, state = rule(*inputs, initial_state=first, output_final_state=output_state, cu_seqlens=cu_seqlens)
+        if state is not None:
+            ctx.mark_non_differentiable(state)
         ctx.save_for_backward(M, start, cu_seqlens, *inputs)
         device = start.device.type
         ctx.call = rule, context
         ctx.autocast = device, torch.get_autocast_dtype(device), torch.is_autocast_enabled(device)
-        return o
+        return o, state
 
     @staticmethod
-    def backward(ctx: Any, do: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, do: Tensor, _: Tensor | None) -> tuple[Tensor | None, ...]:
         M, start, cu_seqlens, *inputs = ctx.saved_tensors
         rule, context = ctx.call
-        needed = ctx.needs_input_grad[3:]
+        needed = ctx.needs_input_grad[4:]
         with torch.enable_grad(), torch.autocast(*ctx.autocast):
             leaves = [None if t is None else t.detach().requires_grad_(grad) for t, grad in zip(inputs, needed)]
             start = start.detach().requires_grad_()
@@ -180,7 +203,7 @@ class _AcrossRanks(torch.autograd.Function):
         after = context.gradient_after(M, own).to(final.dtype)
         by_state = torch.autograd.grad(final, wanted, after, allow_unused=True)
         sums = iter([a if b is None else a + b for a, b in zip(by_outputs, by_state)])
-        return None, None, None, *(next(sums) if grad else None for grad in needed)
+        return None, None, None, None, *(next(sums) if grad else None for grad in needed)
 
 
 def _first(start: Tensor, cu_seqlens: Tensor | None) -> Tensor:
@@ -228,36 +251,38 @@ def share_context(model: nn.Module, context: Context) -> None:
 def _delta_forward(
     mixer: DeltaMixer, context: Context, x: Tensor, state: None = None, cu_seqlens: Tensor | None = None,
     output_state: bool = False,
-) -> tuple[Tensor, None]:  # fmt: skip
+) -> tuple[Tensor, DeltaState | None]:  # fmt: skip
     """`DeltaMixer.forward` for this rank's tokens."""
     _check(state, output_state)
     before = context.halo(x, mixer.conv_width - 1)
     others = 0 if cu_seqlens is None else len(cu_seqlens) - 2
     tails = [F.pad(project(before), (0, 0, 0, 0, 0, others)) for project in (mixer.q_proj, mixer.k_proj, mixer.v_proj)]
-    (q, k, v), _ = mixer.convolve(x, (tails[0], tails[1], tails[2]), cu_seqlens, False)
-    o = across_ranks(*mixer.rule(q, k, v, x), context, cu_seqlens)
-    return mixer.out_proj(mixer.read_out(o, x).flatten(-2)), None
+    (q, k, v), after = mixer.convolve(x, (tails[0], tails[1], tails[2]), cu_seqlens, output_state)
+    o, memory = across_ranks(*mixer.rule(q, k, v, x), context, cu_seqlens, output_state)
+    y = mixer.out_proj(mixer.read_out(o, x).flatten(-2))
+    return y, None if after is None or memory is None else DeltaState(*after, memory)
 
 
 def _mamba2_forward(
     mixer: Mamba2, context: Context, x: Tensor, state: None = None, cu_seqlens: Tensor | None = None,
     output_state: bool = False,
-) -> tuple[Tensor, None]:  # fmt: skip
+) -> tuple[Tensor, Mamba2State | None]:  # fmt: skip
     """`Mamba2.forward` for this rank's tokens."""
     _check(state, output_state)
     before = mixer.in_proj(context.halo(x, mixer.conv_width - 1)).split(mixer.widths, dim=-1)[1]
     others = 0 if cu_seqlens is None else len(cu_seqlens) - 2
     z, u, dt = mixer.in_proj(x).split(mixer.widths, dim=-1)
-    u, _ = short_conv(u, mixer.conv, F.pad(before, (0, 0, 0, 0, 0, others)), cu_seqlens, False)
+    u, conv = short_conv(u, mixer.conv, F.pad(before, (0, 0, 0, 0, 0, others)), cu_seqlens, output_state)
     rule, inputs = mixer.rule(u, dt)
-    o = across_ranks(rule, inputs, context, cu_seqlens)
-    return mixer.read_out(o, inputs[2], z, x.dtype), None
+    o, memory = across_ranks(rule, inputs, context, cu_seqlens, output_state)
+    y = mixer.read_out(o, inputs[2], z, x.dtype)
+    return y, None if conv is None or memory is None else Mamba2State(conv, memory)
 
 
 def _attention_forward(
     mixer: SlidingWindowAttention, context: Context, x: Tensor, state: None = None, cu_seqlens: Tensor | None = None,
     output_state: bool = False,
-) -> tuple[Tensor, None]:  # fmt: skip
+) -> tuple[Tensor, AttentionState | None]:  # fmt: skip
     """`SlidingWindowAttention.forward` for this rank's tokens."""
     _check(state, output_state)
     before = context.halo(x, mixer.window)
@@ -266,13 +291,18 @@ def _attention_forward(
     first = mixer.state_after(before, context.part.history)
     forward = type(mixer).forward
     if cu_seqlens is None or len(cu_seqlens) == 2:
-        return forward(mixer, x, first, output_state=False)[0], None
+        return forward(mixer, x, first, output_state=output_state)
     end = int(cu_seqlens[1])  # of the sequence that began before; the others begin here
-    own, _ = forward(mixer, x[:, :end], first, output_state=False)
-    others, _ = forward(mixer, x[:, end:], None, cu_seqlens[1:] - end, False)
-    return torch.cat([own, others], dim=1), None
+    own, after = forward(mixer, x[:, :end], first, output_state=output_state)
+    others, more = forward(mixer, x[:, end:], None, cu_seqlens[1:] - end, output_state)
+    state = None if after is None or more is None else join_states([(after,), (more,)])[0]
+    return torch.cat([own, others], dim=1), state
 
 
 def _check(state: object, output_state: bool) -> None:
-    if state is not None or output_state:
-        raise ValueError("a state was given or asked for; expected neither where tokens are spread over ranks")
+    if state is not None:
+        raise ValueError("a state was given; expected none where tokens are spread over ranks")
+    if output_state and torch.is_grad_enabled():
+        raise ValueError(
+            "a state was asked for with gradients; expected torch.no_grad where tokens are spread over ranks"
+        )

@@ -171,6 +171,15 @@ class Ranks:
         dist.all_reduce(total)
         return (total / self.tensor).tolist()  # tensor-parallel ranks counted the same tokens
 
+    def sum_of_parts(self, values: list[list[float]]) -> list[list[float]]:
+        """Sums over the ranks that work on the same sequences as this one, at other heads or other tokens."""
+        if self.mesh is None or not values:
+            return values
+        total = torch.tensor(values, dtype=torch.float64, device=self.mesh.device_type)
+        for group in (self.mesh["tensor"].get_group(), self.context_group):
+            dist.all_reduce(total, group=group)
+        return total.tolist()
+
     def any_signal(self, received: str | None) -> str | None:
         """The name of the signal that this rank or another has received."""
         if self.mesh is None:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from gdn2.config import RunConfig
+from gdn2.config import ModelConfig, RunConfig
 from gdn2.model import LanguageModel
 from gdn2.ops.fused import planning
 from gdn2.training.optim import state_bytes
@@ -95,15 +95,15 @@ class Live(TorchDispatchMode):
 
 
 def estimate(config: RunConfig, mode: str, on_gpu: bool, precision: str) -> Memory:
-    """Memory of a step of `config` with the activation checkpointing `mode`, on one device.
+    """Memory of a step of `config` with the activation checkpointing `mode`, on one device that has all of the weights
+    but those of other ranks of `parallel.tensor`.
 
     Packed sequences are taken to need what as many tokens need unpacked.
     """
     from torch._subclasses.fake_tensor import FakeTensorMode
 
     counts = Counter(config.model.layer_kinds)  # blocks of a kind are alike: one of each is run
-    with torch.device("meta"):
-        model = LanguageModel(replace(config.model, cell=tuple(counts), num_layers=len(counts)))
+    model = on_meta(replace(config.model, cell=tuple(counts), num_layers=len(counts)), config.parallel.tensor)
     accumulates = config.train.batch_tokens > config.train.micro_batch * config.data.seq_len
     shape = (config.train.micro_batch, config.data.seq_len)
     with FakeTensorMode(), planning() if on_gpu else nullcontext():
@@ -120,8 +120,7 @@ def estimate(config: RunConfig, mode: str, on_gpu: bool, precision: str) -> Memo
         model.blocks = nn.ModuleList()
         tokens = torch.empty(shape, dtype=torch.int64)
         parts["loss"] = measure(model, lambda _: model.loss(tokens, tokens), x, cast, accumulates)
-    with torch.device("meta"):
-        whole = LanguageModel(config.model)
+    whole = on_meta(config.model, config.parallel.tensor)
     weights = gradients = sum(p.nbytes for p in whole.parameters())
     optimizer = state_bytes(whole, config.optim)
     order = [parts[kind] for kind in config.model.layer_kinds] + [parts["loss"]]
@@ -134,6 +133,17 @@ def estimate(config: RunConfig, mode: str, on_gpu: bool, precision: str) -> Memo
         peak=max(base + highest(order, accumulates), weights + optimizer + gradients),
         parts=parts,
     )
+
+
+def on_meta(config: ModelConfig, tensor: int = 1) -> LanguageModel:
+    """A model without numbers, with the heads and MLP channels of one of `tensor` ranks."""
+    with torch.device("meta"):
+        model = LanguageModel(config)
+    if tensor > 1:
+        from gdn2.training.tensor_parallel import narrow  # takes seconds to import
+
+        narrow(model, tensor)
+    return model
 
 
 def first_output(block: nn.Module, x: Tensor) -> Tensor:

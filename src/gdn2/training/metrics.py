@@ -16,7 +16,7 @@ from gdn2.data.disk import writing
 from gdn2.data.shards import IGNORE, Batch, TokenBatches
 from gdn2.layers.delta import DeltaMixer
 from gdn2.layers.gates import Gates, OpenGates
-from gdn2.layers.state import DeltaState
+from gdn2.layers.state import AttentionState
 from gdn2.model import LanguageModel
 from gdn2.training.distributed import Ranks
 from gdn2.training.sharding import settle
@@ -49,7 +49,7 @@ def validate(
     """Scores over about `tokens` validation tokens, and gate and state statistics of the first batch's layers.
 
     Ranks take turns with the batches; where they do not come out even, a batch is read again and not counted, since
-    every rank must take part in every pass. A layer that is split over ranks has no statistics.
+    every rank must take part in every pass.
     """
     was_training = model.training
     model.eval()
@@ -66,8 +66,8 @@ def validate(
         batch = batch.to(device)
         with autocast:
             nats += float(model.loss(batch.tokens, batch.targets, cu_seqlens=batch.cu_seqlens)) * count
-            if first == 0 and (ranks is None or ranks.tensor == ranks.context == 1):
-                layers = layer_statistics(model, batch)
+            if first == 0:
+                layers = layer_statistics(model, batch, ranks)
         targets += count
     model.train(was_training)
     if ranks is not None:
@@ -81,23 +81,25 @@ def validate(
 def inspect(
     model: LanguageModel, batches: TokenBatches, device: torch.device, autocast: AbstractContextManager, ranks: Ranks
 ) -> list[Row]:
-    """`layer_statistics` of one validation sequence, the same one every time; empty where layers are split."""
-    if ranks.tensor > 1 or ranks.context > 1:
-        return []
+    """`layer_statistics` of one validation sequence, the same one every time."""
     was_training = model.training
     model.eval()
     with autocast:
-        layers = layer_statistics(model, batches.read([0]).to(device))
+        layers = layer_statistics(model, ranks.own_tokens(batches.read([0])).to(device), ranks)
     model.train(was_training)
     settle(model, ranks)
     return layers
 
 
 @torch.no_grad()
-def layer_statistics(model: nn.Module, batch: Batch) -> list[Row]:
-    """For each mixer of a delta rule, first to last: means of erase, write and decay exp(g), the share of erase and
-    write gates within 0.01 of an end of their range (0 where they are fixed there, as linear attention's are), and the
-    root mean square of the memory after the batch."""
+def layer_statistics(model: nn.Module, batch: Batch, ranks: Ranks | None = None) -> list[Row]:
+    """For each recurrent mixer, first to last, the root mean square of the memory after the batch's sequences; of a
+    delta rule also means of erase, write and decay exp(g), and the share of erase and write gates within 0.01 of an end
+    of their range (0 where they are fixed there, as linear attention's are).
+
+    `batch` are this rank's tokens. Ranks with other heads or other tokens of the same sequences take part together, and
+    all find what one process would.
+    """
     seen: list[Row] = []
 
     def watch(mixer: nn.Module, inputs: tuple[Any, ...]) -> None:
@@ -124,8 +126,16 @@ def layer_statistics(model: nn.Module, batch: Batch) -> list[Row]:
             if isinstance(module, DeltaMixer):
                 hooks.callback(module.register_forward_pre_hook(watch).remove)
         _, states = model(batch.tokens, cu_seqlens=batch.cu_seqlens)
-    memories = [s.memory for s in states if isinstance(s, DeltaState)]
-    return [row | {"state_rms": float(m.float().square().mean().sqrt())} for row, m in zip(seen, memories, strict=True)]
+    memories = [state.memory for state in states if not isinstance(state, AttentionState)]
+    if ranks is not None and ranks.parts is not None:
+        memories = [ranks.parts.ended(memory, batch.cu_seqlens) for memory in memories]
+    rows = seen or [{} for _ in memories]  # a model's recurrent mixers are of one kind
+    sums = [[*row.values(), float(m.float().square().sum()), m.numel()] for row, m in zip(rows, memories, strict=True)]
+    sums, parts = (sums, 1) if ranks is None else (ranks.sum_of_parts(sums), ranks.tensor * ranks.context)
+    return [
+        {name: total / parts for name, total in zip(row, means)} | {"state_rms": math.sqrt(squares / count)}
+        for row, (*means, squares, count) in zip(rows, sums)
+    ]
 
 
 class MetricsFile:

@@ -7,11 +7,15 @@ from pathlib import Path
 from gdn2.config import RECOMPUTE, ConfigError, RunConfig, require
 from gdn2.data import Shards
 from gdn2.info import ModelInfo, describe
-from gdn2.training.memory import Memory, estimate
+from gdn2.training.memory import Memory, estimate, on_meta
+from gdn2.training.optim import state_bytes
 from gdn2.training.parallel import check_parallel
-from gdn2.training.throughput import mfu
+from gdn2.training.throughput import mfu, peak_flops
 
 GIB = 2**30
+ASSUMED_SHARE = 0.43  # of a GPU's peak, where no rate is given: see docs/training.md, "Speed"
+
+KEPT_BY_GLIBC = "of tensors; glibc's malloc keeps freed memory: processes were seen to grow by 1.2 to 1.8 times that"
 
 
 @dataclass(frozen=True)
@@ -44,9 +48,10 @@ def plan(config: RunConfig, devices: int = 1) -> Plan:
     tokens = config.steps * config.train.batch_tokens
     own = share_of_one(config, devices)
     whole = {mode: estimate(own, mode, on_gpu, precision) for mode in RECOMPUTE}
-    now = whole[config.train.recompute]
+    empty = on_meta(config.model)
+    checkpoint = sum(p.nbytes for p in empty.parameters()) + state_bytes(empty, config.optim)
     memory = {mode: sharded(found, config, devices, precision) for mode, found in whole.items()}
-    return Plan(model, config.steps, tokens, tokens * model.training_flops, memory, now.weights + now.optimizer)
+    return Plan(model, config.steps, tokens, tokens * model.training_flops, memory, checkpoint)
 
 
 def share_of_one(config: RunConfig, devices: int) -> RunConfig:
@@ -71,10 +76,10 @@ def share_of_one(config: RunConfig, devices: int) -> RunConfig:
 
 
 def sharded(found: Memory, config: RunConfig, devices: int, precision: str) -> Memory:
-    """Weights, gradients and optimizer shared out over all ranks but replicas, and what is gathered for use: embedding,
-    head and two blocks with their gradients. Activations are taken as if tensor parallelism split none."""
-    _, shards, context, tensor = config.parallel.sizes(devices)
-    ranks = shards * context * tensor
+    """Weights, gradients and optimizer shared out over all ranks but replicas and those that `estimate` knows of, and
+    what is gathered for use: embedding, head and two blocks with their gradients."""
+    _, shards, context, _ = config.parallel.sizes(devices)
+    ranks = shards * context
     if ranks == 1:
         return found
     largest = max(part.gradients for kind, part in found.parts.items() if kind != "loss")
@@ -95,7 +100,7 @@ def target(config: RunConfig) -> tuple[bool, str]:
 
 
 def show(config: RunConfig, run_dir: Path, rate: float | None = None, devices: int = 1) -> str:
-    """The plan as text. `rate`, tokens per second of all devices together, gives the time."""
+    """The plan as text. `rate`, tokens per second of all devices together, gives the time; else an assumed one."""
     costs, train = plan(config, devices), config.train
     now = costs.memory[train.recompute]
     on_gpu, precision = target(config)
@@ -110,6 +115,7 @@ def show(config: RunConfig, run_dir: Path, rate: float | None = None, devices: i
         ("steps", f"{costs.steps:,}, {costs.tokens:,} tokens"),
         ("data", data_line(config, costs.tokens)),
         ("memory", f"{size(now.peak)} at most{' on each' * (devices > 1)} of {where}, {precision}"),
+        *([] if on_gpu else [("", KEPT_BY_GLIBC)]),
         ("  weights", f"{size(now.weights)}, and as much for gradients"),
         ("  optimizer", size(now.optimizer)),
     ]
@@ -130,15 +136,35 @@ def show(config: RunConfig, run_dir: Path, rate: float | None = None, devices: i
             f"{size(costs.checkpoint)} a checkpoint, {size(room)} for {kept}; {size(free)} free",
         )
     )
-    if rate is None:
-        lines.append(("time", "unknown; --rate TOKENS_PER_SECOND tells"))
-    else:
-        peak = train.peak_flops
-        share = (
-            "" if peak is None else f", {mfu(rate / devices, costs.model.training_flops, peak):.1%} of train.peak_flops"
-        )
-        lines.append(("time", f"{duration(costs.tokens / rate)} at {rate:,.0f} tokens/s{share}"))
+    lines.append(("time", time_line(config, costs, rate, devices)))
     return "\n".join(f"{name:<22}{text}" for name, text in lines)
+
+
+def time_line(config: RunConfig, costs: Plan, rate: float | None, devices: int) -> str:
+    """The time at a given rate, or at an assumed share of a known peak."""
+    peak = config.train.peak_flops
+    if rate is not None:
+        share = mfu(rate / devices, costs.model.training_flops, peak)
+        of_peak = "" if share is None else f", {share:.1%} of train.peak_flops"
+        return f"{duration(costs.tokens / rate)} at {rate:,.0f} tokens/s{of_peak}"
+    peak = peak or peak_here(config)
+    if peak is None:
+        return "unknown without --rate TOKENS_PER_SECOND: neither train.peak_flops nor the device tells a peak"
+    seconds = costs.flops / (ASSUMED_SHARE * peak * devices)
+    return (
+        f"{duration(seconds)} if each device reaches {ASSUMED_SHARE:.0%} of its peak, {peak:.3g} FLOPs/s, as an H100 "
+        "did with gdn2-hybrid-1.3b, nothing recomputed; small models reach less, --rate tells better"
+    )
+
+
+def peak_here(config: RunConfig) -> float | None:
+    """What the maker states of the GPU that the run is for, where that is there and computes in bf16."""
+    import torch
+
+    on_gpu, precision = target(config)
+    device = torch.device("cuda" if config.train.device == "auto" else config.train.device)
+    there = on_gpu and torch.cuda.is_available() and (device.index or 0) < torch.cuda.device_count()
+    return peak_flops(device) if there and precision == "bf16" else None
 
 
 def data_line(config: RunConfig, tokens: int) -> str:

@@ -58,7 +58,7 @@ class Watch:
         for i, layer in enumerate(layers):
             memory = layer["state_rms"]
             for gate in ("erase", "write"):
-                share = layer[f"saturated_{gate}"]
+                share = layer.get(f"saturated_{gate}", 0.0)  # Mamba has no such gates
                 if share > SATURATED:
                     found[f"{gate} {i}"] = f"{share:.0%} of the {gate} gates of mixer {i} are at an end of their range"
             first = self._first_memory.setdefault(i, memory)
