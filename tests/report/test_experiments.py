@@ -29,6 +29,15 @@ def test_memory_rates_are_chosen_by_validation_and_test_questions_shown(experime
     assert differences.rows == (("mqar, memory 1 x 16 x 16 a layer, 2,000 steps of 64: kda", "+0.0 ± 0.0", "2"),)
 
 
+def test_differences_stand_in_the_order_of_the_tables():
+    rows = [
+        memory_row(f"{task} {name}", name, 1e-3, 0) | {"task": task} for name in ("gdn2", "kda", "gdn") for task in "ab"
+    ]
+    *tables, differences = memory_tables(memory_entries(rows))
+    names = [f"{table.title.split(':')[0]}: {row[0]}" for table in tables for row in table.rows if row[0] != "gdn2"]
+    assert [row[0] for row in differences.rows] == names
+
+
 def test_a_rate_that_a_seed_lacks_is_not_compared():
     rows = [memory_row("a", "gdn2", 1e-3, 0), memory_row("b", "gdn2", 1e-3, 1), memory_row("c", "gdn2", 1e-2, 0)]
     (entry,) = memory_entries(rows)

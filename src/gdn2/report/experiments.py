@@ -157,11 +157,12 @@ def needle_tasks(entry: Entry) -> list[str]:
 
 def memory_tables(entries: Sequence[Entry]) -> list[Table]:
     """A table for each task and memory: a row for each mixer, best first, a column for each load; then one of the
-    differences to Gated DeltaNet-2."""
-    tables = []
+    differences to Gated DeltaNet-2, in the same order."""
+    tables, shown = [], []
     for group in dict.fromkeys(entry.group for entry in entries):
         mine = [(entry, accuracies(entry)) for entry in entries if entry.group == group]
         mine.sort(key=lambda pair: -fmean(map(fmean, pair[1].values())))
+        shown += [entry for entry, _ in mine]
         loads = list(mine[0][1])
         tables.append(
             Table(
@@ -176,7 +177,7 @@ def memory_tables(entries: Sequence[Entry]) -> list[Table]:
     return tables + _differences(
         "Percent right of Gated DeltaNet-2 less that of each mixer, mean over loads",
         [("difference", lambda row: 100 * fmean(answer["accuracy"] for answer in row["by_load"]), 1)],
-        entries,
+        shown,
         lambda entry: f"{memory_title(entry.group)}: {entry.mixer}",
     )
 
