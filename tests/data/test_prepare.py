@@ -120,7 +120,7 @@ def test_undecodable_file_is_skipped_in_a_folder_and_refused_by_name(texts: Path
     link.symlink_to(tmp_path / "gone.txt")
     assert prepare(tmp_path / "linked", [texts], val_share=0.3).skipped == [str(bad), str(link)]
     with pytest.raises(ValueError, match=r"bad\.txt: not UTF-8"):
-        prepare(tmp_path / "other", [texts, bad], val_share=0.3)
+        prepare(tmp_path / "other", [bad], val_share=0.3)
     assert not (tmp_path / "other").exists()
 
 
@@ -164,9 +164,18 @@ def test_split_without_documents_is_refused(tmp_path: Path) -> None:
         prepare(tmp_path / "out", [path], val_share=0.01)
     with pytest.raises(ValueError, match="no document of 1 fell into the training split"):
         prepare(tmp_path / "out", [path], val_share=0.9999)
-    path.write_text("")
-    with pytest.raises(ValueError, match="the sources hold no text"):
-        prepare(tmp_path / "out", [path])
+
+
+def test_sources_without_text_are_refused_and_leave_nothing_to_go_on_from(tmp_path: Path) -> None:
+    folder = tmp_path / "texts"
+    folder.mkdir()
+    (folder / "a.txt").write_text("")
+    (folder / "b.txt").write_bytes(b"\xff")
+    said = "the sources hold no text: 1 empty documents, 1 files that are not UTF-8$"
+    with pytest.raises(ValueError, match=said) as caught:
+        prepare(tmp_path / "out", [folder])
+    assert not hasattr(caught.value, "__notes__")
+    assert os.listdir(tmp_path) == ["texts"]
 
 
 @pytest.mark.parametrize("error", [OSError(28, "No space left on device"), KeyboardInterrupt()])

@@ -58,6 +58,25 @@ def test_sources_that_cannot_be_read_are_refused(tmp_path: Path) -> None:
         find_sources([tmp_path])
 
 
+def test_file_in_two_sources_is_refused_with_both(tmp_path: Path) -> None:
+    (tmp_path / "tree" / "sub").mkdir(parents=True)
+    (tmp_path / "other").mkdir()
+    for name in ("tree/f1.txt", "tree/sub/f2.txt", "other/f1.txt"):
+        (tmp_path / name).write_text("the same text")  # copies are files of their own
+    (tmp_path / "link").symlink_to(tmp_path / "tree" / "sub")
+    tree, sub = tmp_path / "tree", tmp_path / "tree" / "sub"
+    for sources, file in (
+        ([tree, tree / "f1.txt"], tree / "f1.txt"),
+        ([sub, f"{tree}/"], sub / "f2.txt"),
+        ([tree, tmp_path / "other", tmp_path / "link"], tmp_path / "link" / "f2.txt"),
+        ([tree / "f1.txt", tree / "sub" / ".." / "f1.txt"], tree / "sub" / ".." / "f1.txt"),
+    ):
+        said = f"the file {str(file)!r} is in two sources, {str(sources[0])!r} and {str(sources[-1])!r}; expected each"
+        with pytest.raises(ValueError, match=re.escape(said)):
+            find_sources(sources)
+    assert len(find_sources([tree / "f1.txt", sub, tmp_path / "other"])) == 3
+
+
 def test_what_is_no_regular_file_is_no_text(tmp_path: Path) -> None:
     link, pipe = tmp_path / "a.txt", tmp_path / "b.txt"
     link.symlink_to(tmp_path / "gone.txt")

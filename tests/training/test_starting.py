@@ -15,6 +15,7 @@ import ranks
 from trained import quiet
 
 from gdn2.config import RunConfig, write_config
+from gdn2.data.lock import FolderLock
 from gdn2.training import checkpoint
 
 MakeConfig = Callable[..., RunConfig]
@@ -106,6 +107,35 @@ def test_signal_while_other_ranks_do_not_come_ends_soon(new: list[Any], tmp_path
     assert "gdn2: error: rank 0 of 2: stopped by a signal while it waited for other ranks, which did not come" in out
     assert time.monotonic() - began < 60
     assert not (tmp_path / "run").exists()
+
+
+def test_rank_that_is_refused_ends_all_with_its_reason(new: list[Any], tmp_path: Path) -> None:
+    """No launcher ends the others here; they would wait 600 s."""
+    run, began = tmp_path / "run", time.monotonic()
+    with FolderLock(run):
+        codes, out = ranks.run(2, WORKER, "", *new)
+    assert codes == [2, 2], out
+    reason = f"'{run}' is in use by process {os.getpid()} on "
+    assert f"gdn2: error: {reason}" in out
+    assert f"gdn2: error: rank 0 of 2: {reason}" in out
+    codes, out = ranks.run(2, WORKER, "refused", *new)
+    assert codes == [2, 2], out
+    assert "gdn2: error: rank 1 of 2: " in out
+    assert out.count("/shards holds no tokenizer\n") == 2
+    assert not run.exists()
+    assert time.monotonic() - began < 60
+    codes, out = ranks.run(2, WORKER, "", *new)
+    assert codes == [0, 0], out
+
+
+def test_refused_rank_says_why_while_others_do_not_come(new: list[Any], tmp_path: Path) -> None:
+    codes, out = ranks.run(1, WORKER, "refused alone", *new, "parallel.timeout=3")
+    assert codes == [2], out
+    waits, error = out.splitlines()
+    assert waits.startswith("rank 0 of 2 waits for the others to tell them: ")
+    assert error.startswith("gdn2: error: ")
+    assert waits.endswith("/shards holds no tokenizer")
+    assert error.endswith("/shards holds no tokenizer")
 
 
 def test_command_itself_hears_a_signal_while_it_reads_its_configuration(new: list[Any], tmp_path: Path) -> None:

@@ -2,7 +2,8 @@
 
 Rank 1 at its fifth batch: "dies", "hangs" for a while, or gets a signal. "full disk": rank 1 cannot flush a file of its
 second checkpoint. "SIGTERM in STAGE of RANK" (rank 0 when none is said): the signal comes when it begins that stage of
-its start. "SIGTERM alone": while it waits for a second rank that does not exist.
+its start. "SIGTERM alone": while it waits for a second rank that does not exist. "refused": rank 1 finds no tokenizer;
+"refused alone": rank 0 finds none, and a second rank does not exist.
 """
 
 import importlib
@@ -12,7 +13,6 @@ import sys
 import time
 
 import torch
-import torch.distributed as dist
 
 import gdn2.config
 from gdn2.cli import main
@@ -40,6 +40,10 @@ def after(calls, function, action):
 
 def full():
     raise OSError(28, "No space left on device")
+
+
+def refuse(path):
+    raise ValueError(f"{path} holds no tokenizer")
 
 
 EVENTS = {
@@ -80,5 +84,10 @@ if stage and os.environ["RANK"] == (rank or "0"):
 if event == "SIGTERM alone":
     os.environ["WORLD_SIZE"] = "2"
     distributed.PATIENCE = 1.0
-    signal_in(signal.SIGTERM, dist, "init_process_group")
+    signal_in(signal.SIGTERM, distributed, "meet")
+if event == "refused alone":
+    os.environ["WORLD_SIZE"] = "2"
+    distributed.PATIENCE = 1.0
+if event == "refused alone" or (event == "refused" and os.environ["RANK"] == "1"):
+    train.load_tokenizer = refuse
 main(["train", *arguments])

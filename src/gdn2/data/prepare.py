@@ -26,6 +26,10 @@ from gdn2.data.workers import Readable, tokenize, tokenize_all
 SHARD_TOKENS = 1 << 30  # 2 GiB of 16-bit tokens
 
 
+class EmptyCorpusError(ValueError):
+    """All sources are read, and no document of them has a token."""
+
+
 def prepare(
     out: str | Path,
     sources: Sequence[str | Path] = (),
@@ -184,7 +188,10 @@ def _join(
 def _check_split(parts: Sequence[Part], val_share: float) -> None:
     train, val = (sum(part.split(name).documents for part in parts) for name in SPLITS)
     if train + val == 0:
-        raise ValueError("the sources hold no text")
+        empty, skipped = sum(part.empty for part in parts), sum(len(part.skipped) for part in parts)
+        raise EmptyCorpusError(
+            f"the sources hold no text: {empty:,} empty documents, {skipped:,} files that are not UTF-8"
+        )
     if train == 0 or val == 0:
         missing = "training" if train == 0 else "validation"
         raise ValueError(
@@ -194,8 +201,10 @@ def _check_split(parts: Sequence[Part], val_share: float) -> None:
 
 
 def _leave(work: Path, error: BaseException) -> None:
-    """After an error: keep the parts that are done and say so, or leave nothing where there are none."""
-    done = sum((path / "part.json").is_file() and not path.name.startswith(".") for path in work.iterdir())
+    """After an error: keep the parts that are done and say so, or leave nothing where they hold nothing."""
+    done = not isinstance(error, EmptyCorpusError) and sum(
+        (path / "part.json").is_file() and not path.name.startswith(".") for path in work.iterdir()
+    )
     if done:
         error.add_note(
             f"parts done and kept in {str(work)!r}: {done}; a command with the same settings goes on from there"

@@ -50,7 +50,8 @@ def find_sources(sources: Sequence[str | Path], corpus: str | None = None) -> li
     """Every file to read, in a fixed order: as named, folders walked by sorted name without hidden entries. Links to
     folders are not followed, which might come to the same file twice; they are among the files, and are no text.
 
-    ValueError when nothing is named, a source does not exist, a folder is empty or the corpus is unknown.
+    ValueError when nothing is named, a source does not exist, a folder is empty, two sources hold the same file or the
+    corpus is unknown.
     """
     if (corpus is None) == (not sources):
         raise ValueError("give either files and folders or a corpus, one of the two")
@@ -59,18 +60,33 @@ def find_sources(sources: Sequence[str | Path], corpus: str | None = None) -> li
             raise ValueError(f"corpus is {corpus!r}; expected one of {', '.join(CORPORA)}")
         root = Path(sysconfig.get_paths()["stdlib"])
         return [Source(path, explicit=False, root=root) for path in _library_files(root)]
-    found: list[Source] = []
+    found: list[list[Source]] = []
     for name in map(Path, sources):
         if name.is_dir():
             walked = list(_walk(name))
             if not walked:
                 raise ValueError(f"folder {str(name)!r} holds no files")
-            found += [Source(path, explicit=False) for path in walked]
+            found.append([Source(path, explicit=False) for path in walked])
         elif name.is_file():
-            found.append(Source(name, explicit=True))
+            found.append([Source(name, explicit=True)])
         else:
             raise ValueError(f"source {str(name)!r} does not exist")
-    return found
+    if len(sources) > 1:
+        _check_apart(sources, found)
+    return [file for files in found for file in files]
+
+
+def _check_apart(sources: Sequence[str | Path], found: Sequence[list[Source]]) -> None:
+    """ValueError where two sources come to the same file, by whatever path: its documents would be read twice."""
+    first: dict[str, int] = {}
+    for number, files in enumerate(found):
+        for file in files:
+            other = first.setdefault(os.path.realpath(file.path), number)
+            if other != number:
+                raise ValueError(
+                    f"the file {str(file.path)!r} is in two sources, {str(sources[other])!r} and "
+                    f"{str(sources[number])!r}; expected each file in one"
+                )
 
 
 def describe(sources: Sequence[str | Path], corpus: str | None) -> list[str]:

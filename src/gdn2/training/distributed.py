@@ -8,7 +8,9 @@ tokens of the same sequences, those that differ in tensor compute the same token
 
 import os
 import signal
-from collections.abc import Sequence
+import sys
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from datetime import timedelta
 from math import inf, prod
@@ -23,6 +25,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from gdn2.config import RunConfig, require
 from gdn2.data import Batch
+from gdn2.training.meeting import meet
 from gdn2.training.stopping import StopSignals
 
 if TYPE_CHECKING:
@@ -37,8 +40,12 @@ class RankLostError(RuntimeError):
     """Another process of the run ended or did not answer in time."""
 
 
+def process_count() -> int:
+    return int(os.environ.get("WORLD_SIZE", 1))
+
+
 class Ranks:
-    """This process among those of the run; a context within which they can talk.
+    """This process among those of the run; a context within which they can talk. An error before they meet ends all.
 
     Attributes:
         rank, size: this process, and how many there are. main: whether it is the one that writes.
@@ -50,8 +57,10 @@ class Ranks:
             part of each tensor. context_group: those with other tokens of the same sequences.
     """
 
-    def __init__(self, config: RunConfig) -> None:
-        """ConfigError where the configuration does not fit the number of processes."""
+    def __init__(self, config: RunConfig, stop: StopSignals | None = None) -> None:
+        """ConfigError where the configuration does not fit the number of processes. A signal noted in `stop` ends what
+        would wait for others."""
+        self._stop, self._came = stop, False
         self.rank, self.size, self.local_rank = (
             int(os.environ.get(name, default)) for name, default in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0))
         )
@@ -95,8 +104,9 @@ class Ranks:
         require(not name.startswith("cuda:"), "train.device", name, f"cuda with {self.size} processes, one GPU each")
         return replace(config, train=replace(config.train, device=f"cuda:{self.local_rank}"))
 
-    def start(self, device: torch.device, stop: StopSignals | None = None) -> None:
-        """Meet the other processes. RankLostError when one does not come within the timeout, or soon after a signal."""
+    def start(self, device: torch.device) -> None:
+        """Meet the other processes. RankRefusedError when one cannot train, RankLostError when one does not come within
+        the timeout, or soon after a signal."""
         if self.size == 1:
             return
         if device.type == "cuda":
@@ -104,7 +114,7 @@ class Ranks:
         # What ranks tell each other about the run goes through the CPU, so that it never waits in a stream.
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
         if not dist.is_initialized():
-            self._meet(backend, device, stop)
+            self._meet(backend, device)
         # FSDP counts ranks of a context as shards: they hold the same weights and other tokens.
         fsdp = self.shards * self.context
 
@@ -115,25 +125,43 @@ class Ranks:
         self.token_group = mesh(tokens=self.replicas * fsdp, tensor=self.tensor).get_group("tokens")
         self.context_group = mesh(data=self.data_size, context=self.context, tensor=self.tensor).get_group("context")
 
-    def _meet(self, backend: str, device: torch.device, stop: StopSignals | None) -> None:
-        """`init_process_group` in a thread: where it waits for the others, no signal would be heard."""
+    def _meet(self, backend: str, device: torch.device) -> None:
+        def begin() -> None:
+            store = meet(self.rank, self.size, self.timeout)
+            if device.type == "cuda":
+                torch.cuda.set_device(device)
+            wait = timedelta(seconds=self.timeout)
+            dist.init_process_group(backend, store=store, rank=self.rank, world_size=self.size, timeout=wait)
+
+        self._wait_for(begin)
+
+    def _tell(self, error: Exception) -> None:
+        """Let the other ranks, which wait for this one, know of its error."""
+        reason = str(error) or type(error).__name__
+        with suppress(Exception):  # the error itself goes on its way, whether they come to hear of it or not
+            self._wait_for(lambda: meet(self.rank, self.size, self.timeout, reason), reason)
+
+    def _wait_for(self, meeting: Callable[[], object], reason: str = "") -> None:
+        """Run `meeting` in a thread: where it waits for the others, no signal would be heard."""
+        self._came = True
         failures: list[BaseException] = []
 
-        def meet() -> None:
+        def run() -> None:
             try:
-                if device.type == "cuda":
-                    torch.cuda.set_device(device)
-                dist.init_process_group(backend, timeout=timedelta(seconds=self.timeout))
+                meeting()
             except BaseException as error:
                 failures.append(error)
 
-        thread = Thread(target=meet, daemon=True)
+        thread = Thread(target=run, daemon=True)
         thread.start()
-        deadline = inf
+        began, deadline, told = monotonic(), inf, not reason
         while thread.is_alive() and monotonic() < deadline:
             thread.join(0.1)
-            if stop is not None and stop.received is not None:
+            if self._stop is not None and self._stop.received is not None:
                 deadline = min(deadline, monotonic() + PATIENCE)
+            if not told and monotonic() > began + PATIENCE:
+                print(f"rank {self.rank} of {self.size} waits for the others to tell them: {reason}", file=sys.stderr)
+                told = True
         if thread.is_alive():
             raise RankLostError(
                 f"rank {self.rank} of {self.size}: stopped by a signal while it waited for other ranks, which did not "
@@ -153,6 +181,8 @@ class Ranks:
         if error is None:
             self.barrier()  # nobody leaves while another may still ask for something
             dist.destroy_process_group()
+        elif not self._came and isinstance(error, Exception):
+            self._tell(error)
         elif is_lost(error):
             raise RankLostError(
                 f"rank {self.rank} of {self.size}: another rank ended, or did not answer within parallel.timeout "

@@ -21,7 +21,7 @@ from gdn2.model import LanguageModel
 from gdn2.training import checkpoint
 from gdn2.training.compiling import compile_blocks
 from gdn2.training.device import resolve_device
-from gdn2.training.distributed import RankLostError, Ranks
+from gdn2.training.distributed import RankLostError, Ranks, process_count
 from gdn2.training.logs import Log, check_logs, open_logs
 from gdn2.training.metrics import Display, MetricsFile, Row, inspect, language_scores, validate
 from gdn2.training.opening import open_run
@@ -87,17 +87,18 @@ def train(
     ones are good.
 
     ConfigError and ValueError for a configuration, data or folder that cannot be used, or in which another process is
-    training, before anything is written;
+    training, before anything is written; of several processes RankRefusedError where that is so for another one;
     CheckpointError for a damaged or unwritable checkpoint; OSError, with a note of the newest checkpoint, for another
     file that cannot be written; TrainingError when `train.max_bad_steps` steps in a row
     had a loss or gradient that is not finite (such steps are skipped and counted, the weights stay as they were), or
     when what would be saved is not finite, or when another process of the run is gone.
     """
     run_dir = Path(run_dir)
+    check_parallel(config, process_count())
     try:
         with (
             StopSignals() if stop is None else nullcontext(stop) as signals,
-            Ranks(config) as ranks,
+            Ranks(config, signals) as ranks,
             FolderLock(run_dir) if ranks.main else nullcontext() as lock,
         ):
             return run(config, run_dir, resume, stream, signals, ranks, None if lock is None else lock.left_by)
@@ -118,7 +119,6 @@ def run(
     left_by: str | None,
 ) -> Outcome:
     """`train` as one of `ranks`, which it starts; `left_by` is a process that died while it trained in the folder."""
-    check_parallel(config, ranks.size)
     optim = config.optim
     device, autocast, precision = resolve_device(ranks.on_own_device(config))
     check_logs(config)
@@ -137,7 +137,7 @@ def run(
         start, trainer = open_run(config, run_dir, resume, source, contents=ranks.local_rank == 0)
     # A rank that a signal has reached meets the others too, to tell them. That all have looked at the folder when they
     # hear of it, or of none, comes before one writes to it.
-    ranks.start(device, stop)
+    ranks.start(device)
     if (received := ranks.any_signal(stop.received)) is not None:
         return stopped_early(received, trainer, stream, ranks)
 
