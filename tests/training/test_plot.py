@@ -38,6 +38,16 @@ def test_picture_has_a_panel_for_recall_once_measured(tmp_path: Path, recall: di
     assert (height > 1_000) == bool(recall)
 
 
+def test_names_of_results_as_long_as_two_lines_leave_the_curves_their_room(tmp_path: Path) -> None:
+    """Beside the bars they pushed everything off the picture, of which matplotlib warns: an error here."""
+    name = f"niah_single_2 at 1,024/2,048; 100 questions, depths {'/'.join(map(str, range(0, 101, 5)))} %, essays.json"
+    write(tmp_path, ROWS)
+    (tmp_path / "eval.json").write_text(json.dumps({f"{name} {i}": {"percent": 10 * i} for i in range(8)}))
+    path = plot_run(tmp_path)
+    assert is_png(path)
+    assert int.from_bytes(path.read_bytes()[20:24], "big") > 1_700  # a name and its bar each
+
+
 def test_runs_without_validation_or_with_gaps_are_drawn(tmp_path: Path) -> None:
     rows = [{**r, "loss": None, "grad_norm": None} if r["step"] == 4 else r for r in ROWS]
     assert is_png(plot_run(write(tmp_path, rows[:-1]), tmp_path / "a.png"))

@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from textwrap import wrap
 from typing import TYPE_CHECKING, Any
 
 from gdn2.training.metrics import Row, read_metrics
@@ -9,6 +10,8 @@ from gdn2.training.metrics import Row, read_metrics
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
+NAME_WIDTH = 110  # letters of a result's name in a line
+NAME_LINE = 0.6  # the height of such a line, a bar having 0.5
 BLUE, ORANGE = "#1f4e9c", "#d9731a"  # apart in lightness too; shapes and labels carry the meaning
 
 
@@ -29,9 +32,10 @@ def plot_run(run_dir: str | Path, out: str | Path | None = None) -> Path:
         from matplotlib.figure import Figure
     except ImportError as error:
         raise ValueError("plots need the package matplotlib: pip install 'gdn2[plot]'") from error
-    figure = Figure(figsize=(9, 7.5 if recall else 6.2), dpi=150, layout="constrained")
+    bars = 0.3 * _height(recall)  # inches
+    figure = Figure(figsize=(9, 6.9 + bars if recall else 6.2), dpi=150, layout="constrained")
     FigureCanvasAgg(figure)
-    heights = [1.9, 1, 0.28 + 0.2 * len(recall)] if recall else [1.9, 1]
+    heights = [1.9, 1, 0.28 + bars / 1.9] if recall else [1.9, 1]
     grid = figure.add_gridspec(len(heights), 2, height_ratios=heights)
     _loss(figure.add_subplot(grid[0, :]), train, [row for row in rows if row["kind"] == "val"])
     _curve(figure.add_subplot(grid[1, 0]), train, "tokens_per_second", "throughput", "tokens / s", log=False)
@@ -75,15 +79,28 @@ def _curve(axes: "Axes", rows: list[Row], key: str, title: str, label: str, log:
 
 
 def _bars(axes: "Axes", recall: dict[str, Row]) -> None:
-    bars = axes.barh(list(recall), [r["percent"] for r in recall.values()], color=BLUE, height=0.6)
-    chance = [f" (chance {r['chance_percent']:.1f} %)" if "chance_percent" in r else "" for r in recall.values()]
-    axes.bar_label(bars, [f"{r['percent']:.1f} %{c}" for r, c in zip(recall.values(), chance)], padding=4)
+    """A bar for each result with its name above, which may be as long as the picture is wide, and longer."""
+    y = 0.0
+    for name, result in recall.items():
+        lines = wrap(name, NAME_WIDTH)
+        axes.text(0.3, y, "\n".join(lines), va="top", fontsize=8)
+        y += NAME_LINE * len(lines) + 0.3
+        bar = axes.barh(y, result["percent"], color=BLUE, height=0.5)
+        chance = f" (chance {result['chance_percent']:.1f} %)" if "chance_percent" in result else ""
+        axes.bar_label(bar, [f"{result['percent']:.1f} %{chance}"], padding=4)
+        y += 0.5
     axes.set_xlim(0, 125)
     axes.set_xticks(range(0, 101, 20))
-    axes.set_ylim(len(recall) - 0.4, -0.6)
+    axes.set_ylim(y, -0.1)
+    axes.set_yticks([])
     axes.set_xlabel("right answers, %")
     axes.set_title("recall", loc="left", fontsize=10)
     axes.spines[["top", "right"]].set_visible(False)
+
+
+def _height(recall: dict[str, Row]) -> float:
+    """Of the bars, in their own units."""
+    return sum(NAME_LINE * len(wrap(name, NAME_WIDTH)) + 0.8 for name in recall)
 
 
 def _dress(axes: "Axes", title: str) -> None:

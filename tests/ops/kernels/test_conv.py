@@ -72,6 +72,24 @@ def test_packed_sequences_match_separate_ones_bit_for_bit():
         assert torch.equal(after[n : n + 1], alone_after)
 
 
+def walled(x):
+    """x among NaNs in memory: what reads beyond it is found."""
+    wall = torch.full((3, 4096), float("nan"), dtype=x.dtype, device=x.device)
+    wall[1, : x.numel()] = x.detach().flatten()
+    return wall[1, : x.numel()].view(x.shape).requires_grad_()
+
+
+@pytest.mark.parametrize(
+    "starts", [[0, -50, 500, 20], [0, 9, 4, 20], [5, 5, 5, 5], [3, 7, 7, 12], [20, 0, 20, 0]], ids=str
+)
+@pytest.mark.parametrize("tail", [True, False])
+def test_offsets_that_are_no_partition_reach_nothing_else(starts, tail):
+    x, weight, before = arguments(1, 20, N=3, tail=tail, dtype=torch.float32)
+    operands = walled(x), weight, None if before is None else walled(before)
+    got = results(conv.short_conv, *operands, torch.tensor(starts, device=DEVICE), True)
+    assert all(torch.isfinite(t).all() for t in got.values())
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_16_bit_tensors_are_rounded_once(dtype):
     held_to_torch(*arguments(D=16, dtype=dtype))

@@ -55,7 +55,10 @@ def from_tail(tail_ptr, position, sequence, back: tl.constexpr, inside, cols, D:
 
 @triton.jit
 def locate_tokens(starts_ptr, position_ptr, sequence_ptr, tokens, N, STEPS: tl.constexpr, BT: tl.constexpr):
-    """`place_of` each packed token, by bisection: its sequence is the number of sequences that end at or before it."""
+    """`place_of` each packed token, by bisection: its sequence is the number of sequences that end at or before it.
+
+    Starts that are no partition give some place, but one that exists.
+    """
     t = tl.program_id(0) * BT + tl.arange(0, BT)
     low, high = tl.zeros((BT,), tl.int32), tl.zeros((BT,), tl.int32) + N
     for _ in tl.static_range(STEPS):
@@ -65,7 +68,9 @@ def locate_tokens(starts_ptr, position_ptr, sequence_ptr, tokens, N, STEPS: tl.c
         high = tl.where(open & (ended == 0), middle, high)
         low = tl.where(ended, middle + 1, low)
     inside = t < tokens
+    low = tl.minimum(low, N - 1)
     start = tl.load(starts_ptr + low, mask=inside, other=0)
+    start = tl.minimum(tl.maximum(start, 0), t)
     tl.store(position_ptr + t, (t - start).to(tl.int32), mask=inside)
     tl.store(sequence_ptr + t, low, mask=inside)
 
@@ -95,9 +100,10 @@ def convolve(
 
 @triton.jit
 def bounds_of(n, T, starts_ptr, PACKED: tl.constexpr):
-    """First token of sequence n, and the first after it."""
+    """First token of sequence n, and the first after it; within the T tokens, whatever the starts are."""
     if PACKED:
-        return tl.load(starts_ptr + n).to(tl.int64), tl.load(starts_ptr + n + 1).to(tl.int64)
+        start = tl.minimum(tl.maximum(tl.load(starts_ptr + n).to(tl.int64), 0), T)
+        return start, tl.minimum(tl.maximum(tl.load(starts_ptr + n + 1).to(tl.int64), start), T)
     else:
         start = n.to(tl.int64) * T
         return start, start + T
