@@ -71,3 +71,14 @@ def test_autocast_changes_nothing():
         o, state = operands.call(gated_delta_rule_2, backend="reference")
     # The reference's own gradients are torch's, which autocast rounds when backward runs inside it.
     assert_close({"o": o, "state": state}, {"o": plain["o"], "state": plain["state"]}, 1e-6)
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script:DeprecationWarning")  # what torch.func.jvp imports
+def test_tangents_are_refused_but_by_the_reference():
+    x = draw(B=1, T=5).to(torch.float64, grad=False)
+    others = x.k, x.v, x.log_decay, x.erase, x.write
+    rule = lambda backend: lambda q: gated_delta_rule_2(q, *others, backend=backend)[0]  # noqa: E731
+    with pytest.raises(NotImplementedError, match="no forward-mode"):
+        torch.func.jvp(rule("torch"), (x.q,), (x.q,))
+    o, tangent = torch.func.jvp(rule("reference"), (x.q,), (x.q,))
+    torch.testing.assert_close(tangent, o)  # linear in q

@@ -14,6 +14,7 @@ from gdn2.ops import library
 from gdn2.ops.fused import is_planning
 from gdn2.ops.layout import sequence_bounds
 from gdn2.ops.reference import recurrence
+from gdn2.ops.tangents import refuse_tangents
 
 BACKENDS = ("auto", "reference", "torch", "triton")
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
@@ -55,6 +56,7 @@ def operator(
     else:
         inputs = (q, k, v, log_decay, erase, write, initial_state)
         if backend == "torch":
+            refuse_tangents(*inputs)
             o, state, *_ = library.chunk(*inputs, cu_seqlens, scale, wants_gradient(*inputs))
         else:
             o, state = kernels(k, v)(

@@ -51,6 +51,7 @@ def gated_delta_rule_2(
 
     Raises:
         ValueError: a shape, dtype, device, offset or backend that does not fit; the message names it.
+        NotImplementedError: forward-mode differentiation, which "reference" alone has.
     """
     return operator(
         q, k, v, log_decay, erase, write, scale=scale, initial_state=initial_state,

@@ -5,6 +5,7 @@ import sys
 
 import pytest
 import torch
+from torch.autograd import forward_ad
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from gdn2.ops.kernels import configs, conv, cross_entropy, library, norm, op, rotary, swiglu
@@ -83,6 +84,21 @@ def test_gradients_of_gradients_are_refused():
     (dx,) = torch.autograd.grad(swiglu.swiglu(x, normal(4)).sum(), x, create_graph=True)
     with pytest.raises(RuntimeError, match="autograd"):
         dx.sum().backward()
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script:DeprecationWarning")  # what torch.func.jvp imports
+@pytest.mark.parametrize("name", calls())
+@pytest.mark.parametrize("gradients", [True, False])
+def test_tangents_are_refused(name, gradients):
+    """The library would drop them, and so would the function itself: a derivative of zero."""
+    call, (x, *others) = calls()[name]
+    with torch.set_grad_enabled(gradients):
+        with pytest.raises(NotImplementedError, match="no forward-mode"):
+            torch.func.jvp(lambda x: call(x, *others), (x,), (x.cos(),))
+        with forward_ad.dual_level(), pytest.raises(NotImplementedError, match="no forward-mode"):
+            call(forward_ad.make_dual(x, x.cos()), *others)
+        with forward_ad.dual_level():  # of something else
+            call(x, *others)
 
 
 def test_a_subclass_of_tensor_takes_the_library():

@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
+from gdn2.ops.tangents import differentiates_forward, refuse_tangents
+
 PLAIN = (Tensor, torch.nn.Parameter)
 
 
@@ -18,7 +20,7 @@ class Op:
     """The op `name` of a function of tensors, lists of them and plain values, annotated as torch.library wants it.
 
     A call on plain tensors outside compilers, dispatch modes, transforms and tracing runs the function itself; all
-    others run the op, `library`. Gradients of gradients are refused.
+    others run the op, `library`. Gradients of gradients and tangents are refused.
     """
 
     def __init__(self, name: str, function: Callable[..., Any]) -> None:
@@ -50,6 +52,7 @@ class Op:
 
     def __call__(self, *inputs: Any) -> Any:
         if torch.compiler.is_compiling() or not _plain(inputs):
+            refuse_tangents(*inputs)
             return self.library(*inputs)
         if not torch.is_grad_enabled():
             return self._function(*inputs)
@@ -62,6 +65,8 @@ class Op:
 
 def _plain(inputs: tuple[Any, ...]) -> bool:
     if is_in_torch_dispatch_mode() or torch._C._are_functorch_transforms_active() or torch.jit.is_tracing():
+        return False
+    if differentiates_forward():
         return False
     # The memory of a negative view (`conj().imag`, and gradients of such) holds -x; the dispatcher resolves it.
     return all(type(x) in PLAIN and not x.is_neg() for x in inputs if isinstance(x, Tensor))
