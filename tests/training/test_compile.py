@@ -180,5 +180,6 @@ def test_gpu_compiled_blocks_give_the_gradients_of_eager_ones(name: str, documen
         loss.backward()
         gradients.append({n: p.grad for n, p in model.named_parameters() if p.grad is not None})
     gaps = {n: float((gradients[1][n] - right).norm() / right.norm()) for n, right in gradients[0].items()}
-    # A decay's rate is one number a head: all tokens' and channels' shares, which nearly cancel, each rounded.
-    assert {n: gap for n, gap in gaps.items() if not gap < (0.3 if n.endswith("decay.rate") else 0.03)} == {}
+    # A decay's rate is one number a head: all tokens' and channels' shares, which nearly cancel, each rounded. The
+    # self-test found 3.9e-2 between one such and float64; twice that may lie between two, and as much again is allowed.
+    assert {n: gap for n, gap in gaps.items() if not gap < (0.15 if n.endswith("decay.rate") else 0.03)} == {}
