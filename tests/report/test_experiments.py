@@ -22,11 +22,17 @@ from gdn2.report.write import write_report
 def test_memory_rates_are_chosen_by_validation_and_test_questions_shown(experiments):
     gdn2, kda = memory_entries(list(read_rows(experiments / "memory.jsonl").values()))
     assert (gdn2.mixer, gdn2.lr, len(gdn2.rows)) == ("gdn2", 1e-2, 2)
-    table, differences = memory_tables([gdn2, kda])
+    table, differences, rates = memory_tables([gdn2, kda])
     assert table.heads == ("mixer", "4", "8", "seeds", "lr, of those tried")
     assert table.rows[0] == ("gdn2", "80.0 ± 14.1", "25.0 ± 0.0", "2", "0.01 of 0.001, 0.01")
     assert "| gdn2 | 80.0 ± 14.1 | 25.0 ± 0.0 | 2 | 0.01 of 0.001, 0.01 |" in table.markdown()
-    assert differences.rows == (("mqar, memory 1 x 16 x 16 a layer, 2,000 steps of 64: kda", "+0.0 ± 0.0", "2"),)
+    name = "mqar, memory 1 x 16 x 16 a layer, 2,000 steps of 64"
+    assert differences.rows == ((f"{name}: kda", "+0.0 ± 0.0", "2"),)
+    assert rates.heads == ("model", "lr", "%", "seeds")
+    assert [row[:2] for row in rates.rows] == [
+        (f"{name}: {mixer}", rate) for mixer in ("gdn2", "kda") for rate in ("0.001", "0.01")
+    ]
+    assert rates.rows[1] == (f"{name}: gdn2", "0.01", "52.5 ± 7.1", "2")
 
 
 def test_differences_stand_in_the_order_of_the_tables():
@@ -67,7 +73,7 @@ def test_language_rates_are_chosen_by_bits_and_kinds_stand_together(experiments)
     tables = language_tables(language_entries(rows))
     assert [table.title.split(",")[0] for table in tables] == [
         "Bits per byte of held-out files; text 01234567", "niah_single_1", "niah_multikey_1",
-        "Gated DeltaNet-2 less each model of its kind",
+        "Gated DeltaNet-2 less each model of its kind", "Each learning rate",
     ]  # fmt: skip
     assert [row[0] for row in tables[0].rows] == ["recurrent gdn2", "recurrent kda", "hybrid gdn2"]
     assert tables[0].rows[0] == (
@@ -81,8 +87,13 @@ def test_language_rates_are_chosen_by_bits_and_kinds_stand_together(experiments)
     assert tables[1].rows[0] == ("recurrent gdn2", "40.0 ± 0.0", "40.0 ± 0.0", "2", "0.001 of 0.001, 0.01", "12.00M")
     assert tables[3].heads == ("compared with", "bits per byte", "niah_single_1, %", "niah_multikey_1, %", "seeds")
     assert tables[3].rows == (("recurrent kda", "-0.2000 ± 0.0000", "+0.0 ± 0.0", "+0.0 ± 0.0", "2"),)
+    assert tables[4].heads == ("model", "lr", "bits per byte", "niah_single_1, %", "niah_multikey_1, %", "seeds")
+    assert [row[:2] for row in tables[4].rows] == [
+        (f"recurrent {mixer}", rate) for mixer in ("gdn2", "kda") for rate in ("0.001", "0.01")
+    ]
+    assert tables[4].rows[0] == ("recurrent gdn2", "0.001", "1.6000 ± 0.1414", "40.0 ± 0.0", "40.0 ± 0.0", "2")
     other = [row | {"key": "o", "corpus": {"train_sha256": "ffff"}} for row in rows[:1]]
-    assert len(language_tables(language_entries(rows + other))) == 7  # another text is never mixed in
+    assert len(language_tables(language_entries(rows + other))) == 8  # another text is never mixed in
 
 
 def test_failed_rows_are_named_and_counted_nowhere(tmp_path):

@@ -19,10 +19,11 @@ FOUR = "fsdp hsdp-full context-packed-selective tensor-bf16"
 
 @pytest.mark.parametrize(("size", "scenarios"), [(2, TWO), (4, FOUR)])
 def test_sharded_model_is_one_model(shards, size, scenarios):
-    assert f"checked {scenarios}\n" in ranks.run_well(size, WORKER, shards, "cpu")
+    assert f"checked {scenarios}\n" in ranks.run_well(size, WORKER, shards, "cpu", *scenarios.split())
 
 
 @pytest.mark.gpu
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
-def test_sharded_model_on_two_gpus_is_one_model(shards):
-    assert f"checked {TWO}\n" in ranks.run_well(2, WORKER, shards, "cuda")
+@pytest.mark.parametrize("scenario", TWO.split())  # one at a time: each compiles kernels for some half a minute
+def test_sharded_model_on_two_gpus_is_one_model(shards, scenario):
+    assert f"checked {scenario}\n" in ranks.run_well(2, WORKER, shards, "cuda", scenario)

@@ -36,9 +36,9 @@ class SwiGLU(nn.Module):
         """`forward` without gradients, in fewer operations once packed."""
         if self._packed is None or not self._packed.holds(self._reads()) or not fused(x):
             return self(x)
-        from gdn2.ops.kernels.between import swiglu
+        from gdn2.ops.kernels.swiglu import swiglu_of_pair
 
-        y: Tensor = self.down(swiglu(self._packed.product(x)))
+        y: Tensor = self.down(swiglu_of_pair(self._packed.product(x)))
         return y
 
     def few(self, x: Tensor) -> bool:

@@ -39,15 +39,10 @@ class RMSNorm(nn.Module):
 
     def of_sum(self, x: Tensor, added: Tensor) -> tuple[Tensor, Tensor]:
         """x + added, and its norm; one operation where operations are fused."""
-        plain = not torch.is_grad_enabled() and not torch.compiler.is_compiling() and result_dtype(x) == x.dtype
-        if fused(x) and not plain:
-            from gdn2.ops.kernels import norm
-
-            return norm.add_rms_norm(x, added, self.weight, self.eps, result_dtype(x))
         if fused(x):
-            from gdn2.ops.kernels import between
+            from gdn2.ops.kernels.norm import add_rms_norm
 
-            return between.add_rms_norm(x, added, self.weight, self.eps)
+            return add_rms_norm(x, added, self.weight, self.eps, result_dtype(x))
         x = x + added
         return x, self(x)
 

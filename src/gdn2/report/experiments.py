@@ -21,15 +21,23 @@ LR = "lr, of those tried"
 
 @dataclass(frozen=True)
 class Entry:
-    """The rows of one model at its best learning rate, one for each seed; all rates that were tried, and the rate of
-    each row that failed."""
+    """One model: its rows at each learning rate, one for each seed; the best rate; the rate of each row that failed."""
 
     group: tuple[Any, ...]
     mixer: str
     lr: float
-    rates: tuple[float, ...]
+    at: dict[float, list[Row]]
     failed: tuple[float, ...]
-    rows: tuple[Row, ...]
+
+    @property
+    def rows(self) -> list[Row]:
+        """Those at the best rate."""
+        return self.at[self.lr]
+
+    @property
+    def rates(self) -> list[float]:
+        """All that were tried."""
+        return sorted({*self.at, *self.failed})
 
     @property
     def first(self) -> Row:
@@ -64,8 +72,7 @@ def entries_of(
         most = max(map(len, rates.values()))
         whole = {rate: seeds for rate, seeds in rates.items() if len(seeds) == most}
         best = min(whole, key=lambda rate: fmean(map(badness, whole[rate])))
-        lost = tuple(failed[name, mixer])
-        entries.append(Entry(name, mixer, best, tuple(sorted({*rates, *lost})), lost, tuple(whole[best])))
+        entries.append(Entry(name, mixer, best, dict(rates), tuple(failed[name, mixer])))
     return entries
 
 
@@ -157,7 +164,7 @@ def needle_tasks(entry: Entry) -> list[str]:
 
 def memory_tables(entries: Sequence[Entry]) -> list[Table]:
     """A table for each task and memory: a row for each mixer, best first, a column for each load; then one of the
-    differences to Gated DeltaNet-2, in the same order."""
+    differences to Gated DeltaNet-2, in the same order, and one of all learning rates."""
     tables, shown = [], []
     for group in dict.fromkeys(entry.group for entry in entries):
         mine = [(entry, accuracies(entry)) for entry in entries if entry.group == group]
@@ -174,12 +181,16 @@ def memory_tables(entries: Sequence[Entry]) -> list[Table]:
                 ),
             )
         )
-    return tables + _differences(
-        "Percent right of Gated DeltaNet-2 less that of each mixer, mean over loads",
-        [("difference", lambda row: 100 * fmean(answer["accuracy"] for answer in row["by_load"]), 1)],
-        shown,
-        lambda entry: f"{memory_title(entry.group)}: {entry.mixer}",
-    )
+
+    def right(row: Row) -> float:
+        return 100 * fmean(answer["accuracy"] for answer in row["by_load"])
+
+    def name(entry: Entry) -> str:
+        return f"{memory_title(entry.group)}: {entry.mixer}"
+
+    title = "Percent right of Gated DeltaNet-2 less that of each mixer, mean over loads"
+    tables += _differences(title, [("difference", right, 1)], shown, name)
+    return tables + _every_rate("Percent right at each learning rate, mean over loads", [("%", right, 1)], shown, name)
 
 
 def memory_title(group: tuple[Any, ...]) -> str:
@@ -191,8 +202,8 @@ def memory_title(group: tuple[Any, ...]) -> str:
 
 
 def language_tables(entries: Sequence[Entry]) -> list[Table]:
-    """For each text and length of training a table of bits per byte, one of needles for each task, and one of the
-    differences to Gated DeltaNet-2."""
+    """For each text and length of training a table of bits per byte, one of needles for each task, one of the
+    differences to Gated DeltaNet-2, and one of all learning rates."""
     tables = []
     for text, tokens in dict.fromkeys(entry.group[:2] for entry in entries):
         mine = in_order([entry for entry in entries if entry.group[:2] == (text, tokens)])
@@ -212,9 +223,15 @@ def language_tables(entries: Sequence[Entry]) -> list[Table]:
             f"Gated DeltaNet-2 less each model of its kind, needles as means over lengths; {title}",
             measures,
             mine,
-            lambda entry: f"{entry.group[2]} {entry.mixer}",
+            _kind_and_mixer,
         )
+        heading = f"Each learning rate, bits per byte in windows of {int(next(iter(mine[0].first['language']))):,}"
+        tables += _every_rate(f"{heading}, needles as means over lengths; {title}", measures, mine, _kind_and_mixer)
     return tables
+
+
+def _kind_and_mixer(entry: Entry) -> str:
+    return f"{entry.group[2]} {entry.mixer}"
 
 
 def language_title(group: tuple[Any, ...]) -> str:
@@ -247,6 +264,20 @@ def _differences(
             rows.append((name(entry), *cells, str(len(pairs))))
     heads = ("compared with", *(measure for measure, _, _ in measures), "seeds")
     return [Table(f"{title}; 95 % intervals", heads, tuple(rows))] if rows else []
+
+
+def _every_rate(
+    title: str, measures: Sequence[Measure], entries: Sequence[Entry], name: Callable[[Entry], str]
+) -> list[Table]:
+    """A table with a row for each rate of each entry; none where no entry has two."""
+    rows = [
+        (name(entry), f"{rate:g}", *(mean_and_deviation([of(row) for row in at], digits) for _, of, digits in measures),
+         str(len(at)))
+        for entry in entries if len(entry.at) > 1
+        for rate, at in sorted(entry.at.items())
+    ]  # fmt: skip
+    heads = ("model", "lr", *(measure for measure, _, _ in measures), "seeds")
+    return [Table(title, heads, tuple(rows))] if rows else []
 
 
 def in_order(entries: Sequence[Entry]) -> list[Entry]:

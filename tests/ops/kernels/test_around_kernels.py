@@ -56,6 +56,21 @@ def test_swiglu_of_extreme_gates_is_finite_and_of_strided_ones_the_same():
     held_to(lambda x: swiglu.swiglu(*x.chunk(2, -1)), lambda x: F.silu(x[:, :5]) * x[:, 5:], wide)
 
 
+def held_pair(dtype, rows, width):
+    both = normal(dtype, rows, 1, 2 * width).detach()
+    gate, up = both.double().chunk(2, dim=-1)
+    y = swiglu.swiglu_of_pair(both)
+    torch.testing.assert_close(y.double(), F.silu(gate) * up, rtol=BOUNDS[dtype], atol=1e-6)
+    assert (y.dtype, y.shape) == (dtype, (rows, 1, width))
+
+
+@pytest.mark.parametrize("dtype", BOUNDS)
+@pytest.mark.parametrize(("rows", "width"), [(2, 48), (3, 5), (1, 5), (0, 4)])
+def test_swiglu_of_gate_and_up_side_by_side(monkeypatch, dtype, rows, width):
+    monkeypatch.setattr(swiglu, "BLOCK", 32)
+    held_pair(dtype, rows, width)
+
+
 def turned(x, angles):
     a, b = x.chunk(2, dim=-1)
     cos, sin = angles.cos()[:, :, None], angles.sin()[:, :, None]
@@ -151,6 +166,7 @@ def test_opcheck_passes():
 @pytest.mark.parametrize("dtype", BOUNDS)
 def test_gpu_real_sizes(dtype):
     held_swiglu(dtype, 300, 6_784)
+    held_pair(dtype, 64, 6_208)
     held_rotation(dtype, 2, 500, 18, 128)
     held_rotation(dtype, 3, 77, 4, 64, rows=3)
     held_loss(dtype, 100, 32_000)

@@ -6,8 +6,11 @@ import sys
 import pytest
 import torch
 from torch.autograd import forward_ad
+from torch.distributed._functional_collectives import AsyncCollectiveTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from gdn2.layers import RMSNorm
+from gdn2.ops import fused
 from gdn2.ops.kernels import configs, conv, cross_entropy, library, norm, op, rotary, swiglu
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -107,6 +110,22 @@ def test_a_subclass_of_tensor_takes_the_library():
 
     assert op._plain((normal(2), torch.nn.Parameter(normal(2)), None, 3))
     assert not op._plain((normal(2), normal(2).as_subclass(Own)))
+
+
+def test_a_collective_under_way_is_waited_for(monkeypatch):
+    """What a Linear split by inputs returns is no memory yet, and no pointer."""
+    monkeypatch.setattr(fused, "DEVICES", ("cuda", "cpu"))
+    norm, x, added = RMSNorm(16).to(DEVICE), normal(3, 16), normal(3, 16)
+    for gradients in (True, False):
+        with torch.set_grad_enabled(gradients):
+            for a, b in zip(norm.of_sum(x, AsyncCollectiveTensor(added)), norm.of_sum(x, added)):
+                assert type(a) is torch.Tensor
+                assert torch.equal(a, b)
+
+
+def test_a_kernel_takes_no_pointer_that_is_none():
+    with pytest.raises(TypeError, match="AsyncCollectiveTensor; expected a torch"):
+        swiglu.swiglu_of_pair(AsyncCollectiveTensor(normal(3, 16)))
 
 
 def test_a_negative_view_is_what_it_stands_for():

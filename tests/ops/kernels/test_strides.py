@@ -6,7 +6,6 @@ from torch import Tensor
 
 from gdn2.ops.kernels import (
     attend,
-    between,
     conv,
     cross_entropy,
     decode,
@@ -78,8 +77,7 @@ def calls():
         "rotation": (rotary.rotate, (w, normal(1, 20, 8).detach())),
         "loss": (lambda *a: cross_entropy.cross_entropy(*a, -1), (x, integers(3, -1, 15))),
         "attention": (attended, (*heads, torch.rand(4, device=DEVICE, dtype=torch.float64), *ring)),
-        "step's sum and norm": (lambda *a: between.add_rms_norm(*a, 1e-5), (x, x.cos(), weight)),
-        "step's SwiGLU": (between.swiglu, (x,)),
+        "step's SwiGLU": (swiglu.swiglu_of_pair, (x,)),
         "projection": (
             lambda x, norm, added: project.project(x, codes.float(), norm=norm, eps=1e-5, added=added),
             (x[:2], weight, normal(2, 5)),

@@ -11,9 +11,8 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
+from gdn2.ops.kernels.run import PLAIN
 from gdn2.ops.tangents import differentiates_forward, refuse_tangents
-
-PLAIN = (Tensor, torch.nn.Parameter)
 
 
 class Op:

@@ -9,6 +9,8 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 INTERPRET = triton.knobs.runtime.interpret
 
+PLAIN = (Tensor, torch.nn.Parameter)
+
 _compiled: dict[tuple[Any, ...], Any] = {}
 
 
@@ -20,10 +22,13 @@ def run(
 
     A kernel that is compiled already for these constants, types, alignments and kinds of integers is launched directly.
     early: before the kernel that was launched last is complete, for which it waits itself; see `early.py`.
+    TypeError for a tensor whose memory is not simply its own: a collective's that is under way, a DTensor.
     """
     if programs == 0:
         return
     if INTERPRET:
+        for x in args:
+            _kind(x)
         kernel[(programs,)](*args, *constants)
         return
     device = next(x for x in args if isinstance(x, Tensor)).device
@@ -41,5 +46,7 @@ def _kind(x: Any) -> Any:
     if isinstance(x, TensorDescriptor):
         return x.base.dtype, *x.block_shape
     if isinstance(x, Tensor):
+        if type(x) not in PLAIN:
+            raise TypeError(f"a kernel was given a {type(x).__name__}; expected a torch.Tensor")
         return x.dtype, x.data_ptr() % 16 == 0
     return (x == 1, x % 16 == 0, x.bit_length() > 31) if isinstance(x, int) else type(x)

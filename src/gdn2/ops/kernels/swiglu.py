@@ -21,12 +21,15 @@ BLOCK = 2048  # numbers of a program
 
 
 @triton.jit
-def multiply(gate_ptr, up_ptr, y_ptr, n, BLOCK: tl.constexpr):
-    """y, BLOCK numbers at a time."""
+def multiply(gate_ptr, up_ptr, y_ptr, n, BLOCK: tl.constexpr, APART: tl.constexpr):
+    """y, BLOCK numbers at a time. Gate and up are matrices of their own, or the halves, APART wide, of one's rows."""
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = at < n
-    gate = tl.load(gate_ptr + at, mask=inside, other=0.0).to(tl.float32)
-    y = gate * sigmoid(gate, tl.float32) * tl.load(up_ptr + at, mask=inside, other=0.0).to(tl.float32)
+    source = at
+    if APART:
+        source += at // APART * APART
+    gate = tl.load(gate_ptr + source, mask=inside, other=0.0).to(tl.float32)
+    y = gate * sigmoid(gate, tl.float32) * tl.load(up_ptr + source, mask=inside, other=0.0).to(tl.float32)
     tl.store(y_ptr + at, y.to(y_ptr.dtype.element_ty), mask=inside)
 
 
@@ -49,7 +52,7 @@ def _swiglu(gate: Tensor, up: Tensor) -> Tensor:
     gate, up = gate.contiguous(), up.contiguous()
     verdicts.demand(verdicts.AROUND, gate.device)
     y, n = torch.empty_like(gate), gate.numel()
-    run(multiply, triton.cdiv(n, BLOCK), (gate, up, y, n), (BLOCK,))
+    run(multiply, triton.cdiv(n, BLOCK), (gate, up, y, n), (BLOCK, 0))
     return y
 
 
@@ -86,4 +89,14 @@ _swiglu.register_autograd(_backward, setup_context=_setup)
 def swiglu(gate: Tensor, up: Tensor) -> Tensor:
     """silu(gate) * up of equal shapes, in gate's dtype, rounded once. Differentiable in both."""
     y: Tensor = _swiglu(gate, up)
+    return y
+
+
+def swiglu_of_pair(both: Tensor) -> Tensor:
+    """silu(gate) * up [..., W] of [..., 2 W], the gate first, in the same dtype. No gradients: for a step."""
+    W, both = both.shape[-1] // 2, both.contiguous()
+    verdicts.demand(verdicts.DECODE, both.device)
+    y = both.new_empty(*both.shape[:-1], W)
+    n = y.numel()
+    run(multiply, triton.cdiv(n, BLOCK), (both, both.flatten()[W:], y, n), (BLOCK, W))
     return y
