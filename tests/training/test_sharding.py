@@ -22,6 +22,12 @@ def test_sharded_model_is_one_model(shards, size, scenarios):
     assert f"checked {scenarios}\n" in ranks.run_well(size, WORKER, shards, "cpu", *scenarios.split())
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="kernels are interpreted; on GPUs the test below runs them")
+def test_kernels_of_a_model_split_by_heads_take_what_collectives_give():
+    pytest.importorskip("triton")
+    assert "checked\n" in ranks.run_well(2, WORKER.with_name("fused_worker.py"))
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
 @pytest.mark.parametrize("scenario", TWO.split())  # one at a time: each compiles kernels for some half a minute

@@ -29,8 +29,8 @@ class RMSNorm(nn.Module):
         if fused(x):
             from gdn2.ops.kernels.norm import rms_norm
 
-            return rms_norm(x, self.weight, self.eps, dtype=result_dtype(x))
-        return self.wide(x).to(result_dtype(x))
+            return rms_norm(x, self.weight, self.eps, dtype=result_dtype(x, x.dtype))
+        return self.wide(x).to(result_dtype(x, x.dtype))
 
     def wide(self, x: Tensor) -> Tensor:
         """The norm in at least float32, unfused."""
@@ -42,7 +42,8 @@ class RMSNorm(nn.Module):
         if fused(x):
             from gdn2.ops.kernels.norm import add_rms_norm
 
-            return add_rms_norm(x, added, self.weight, self.eps, result_dtype(x))
+            wider = torch.promote_types(x.dtype, added.dtype)
+            return add_rms_norm(x, added, self.weight, self.eps, result_dtype(x, wider))
         x = x + added
         return x, self(x)
 
@@ -65,10 +66,10 @@ class SigmoidGatedRMSNorm(RMSNorm):
         return (self.wide(x) * torch.sigmoid(at_least_float32(gate))).to(gate.dtype)
 
 
-def result_dtype(x: Tensor) -> torch.dtype:
-    """That of RMSNorm of x: x's own, or autocast's where x is float32."""
+def result_dtype(x: Tensor, dtype: torch.dtype) -> torch.dtype:
+    """That of RMSNorm of what has this dtype, where x is: the same, or autocast's in place of float32."""
     kind = x.device.type
-    return torch.get_autocast_dtype(kind) if x.dtype == torch.float32 and torch.is_autocast_enabled(kind) else x.dtype
+    return torch.get_autocast_dtype(kind) if dtype == torch.float32 and torch.is_autocast_enabled(kind) else dtype
 
 
 def l2_norm(x: Tensor, eps: float = 1e-6) -> Tensor:

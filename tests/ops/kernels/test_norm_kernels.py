@@ -1,10 +1,14 @@
 """The fused norms are held to their formulas in float64; under the interpreter without a GPU."""
 
+from itertools import product
+
 import pytest
 import torch
 import torch.nn.functional as F
 from operands import assert_close
 
+from gdn2.layers import RMSNorm
+from gdn2.ops import fused
 from gdn2.ops.kernels import norm
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -101,6 +105,20 @@ def test_a_sum_and_its_norm_match_their_formulas(dtype, added, result, shape):
     assert_close(
         {n: t.detach().double().cpu() for n, t in found.items()}, {n: t.detach().cpu() for n, t in right.items()}, bound
     )
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+@pytest.mark.parametrize("around", [torch.enable_grad, torch.no_grad, torch.inference_mode])
+def test_fused_sums_and_norms_have_the_dtypes_of_unfused_ones(monkeypatch, around, autocast):
+    layer = RMSNorm(16).to(DEVICE)
+    for dtype, added in product((torch.float32, torch.bfloat16, torch.float16), repeat=2):
+        found = []
+        for devices in ((), (DEVICE,)):
+            monkeypatch.setattr(fused, "DEVICES", devices)
+            with around(), torch.autocast(DEVICE, torch.bfloat16, enabled=autocast):
+                summands = [torch.ones(2, 16, device=DEVICE, dtype=t) for t in (dtype, added)]
+                found.append([t.dtype for t in layer.of_sum(*summands)])
+        assert found[0] == found[1], (dtype, added)
 
 
 def test_a_norm_in_another_dtype_is_rounded_once():

@@ -8,10 +8,11 @@ import torch
 from torch.autograd import forward_ad
 from torch.distributed._functional_collectives import AsyncCollectiveTensor
 from torch.utils._python_dispatch import TorchDispatchMode
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from gdn2.layers import RMSNorm
 from gdn2.ops import fused
-from gdn2.ops.kernels import configs, conv, cross_entropy, library, norm, op, rotary, swiglu
+from gdn2.ops.kernels import configs, conv, cross_entropy, library, norm, op, rotary, run, swiglu
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
@@ -112,6 +113,23 @@ def test_a_subclass_of_tensor_takes_the_library():
     assert not op._plain((normal(2), normal(2).as_subclass(Own)))
 
 
+@pytest.mark.parametrize("name", calls())
+def test_kernels_take_subclasses_that_have_memory(name):
+    """Users' own tensors, and Parameters of other libraries."""
+
+    class Own(torch.Tensor):
+        pass
+
+    class Weight(torch.nn.Parameter):
+        pass
+
+    call, inputs = calls()[name]
+    for kind in (Own, Weight):
+        others = [x.as_subclass(kind) if isinstance(x, torch.Tensor) else x for x in inputs]
+        for a, b in zip(tensors(call(*others)), tensors(call(*inputs))):
+            assert torch.equal(a, b)
+
+
 def test_a_collective_under_way_is_waited_for(monkeypatch):
     """What a Linear split by inputs returns is no memory yet, and no pointer."""
     monkeypatch.setattr(fused, "DEVICES", ("cuda", "cpu"))
@@ -124,8 +142,11 @@ def test_a_collective_under_way_is_waited_for(monkeypatch):
 
 
 def test_a_kernel_takes_no_pointer_that_is_none():
+    under_way = AsyncCollectiveTensor(normal(4, 16))
     with pytest.raises(TypeError, match="AsyncCollectiveTensor; expected a torch"):
-        swiglu.swiglu_of_pair(AsyncCollectiveTensor(normal(3, 16)))
+        swiglu.swiglu_of_pair(under_way)
+    with pytest.raises(TypeError, match="AsyncCollectiveTensor; expected a torch"):
+        run._kind(TensorDescriptor(under_way, [4, 16], [16, 1], [4, 16]))
 
 
 def test_a_negative_view_is_what_it_stands_for():

@@ -44,9 +44,10 @@ def run(
 def _kind(x: Any) -> Any:
     """What Triton compiles anew for."""
     if isinstance(x, TensorDescriptor):
-        return x.base.dtype, *x.block_shape
+        return *_kind(x.base), *x.block_shape
     if isinstance(x, Tensor):
-        if type(x) not in PLAIN:
+        # A subclass that takes its operations over has its numbers elsewhere; any other is a tensor by another name.
+        if type(x) not in PLAIN and type(x).__torch_dispatch__ is not Tensor.__torch_dispatch__:
             raise TypeError(f"a kernel was given a {type(x).__name__}; expected a torch.Tensor")
         return x.dtype, x.data_ptr() % 16 == 0
     return (x == 1, x % 16 == 0, x.bit_length() > 31) if isinstance(x, int) else type(x)
