@@ -29,8 +29,8 @@ class RMSNorm(nn.Module):
         if fused(x):
             from gdn2.ops.kernels.norm import rms_norm
 
-            return rms_norm(x, self.weight, self.eps, dtype=result_dtype(x, x.dtype))
-        return self.wide(x).to(result_dtype(x, x.dtype))
+            return rms_norm(x, self.weight, self.eps, dtype=result_dtype(x.dtype, x.device))
+        return self.wide(x).to(result_dtype(x.dtype, x.device))
 
     def wide(self, x: Tensor) -> Tensor:
         """The norm in at least float32, unfused."""
@@ -43,7 +43,7 @@ class RMSNorm(nn.Module):
             from gdn2.ops.kernels.norm import add_rms_norm
 
             wider = torch.promote_types(x.dtype, added.dtype)
-            return add_rms_norm(x, added, self.weight, self.eps, result_dtype(x, wider))
+            return add_rms_norm(x, added, self.weight, self.eps, result_dtype(wider, x.device))
         x = x + added
         return x, self(x)
 
@@ -66,9 +66,9 @@ class SigmoidGatedRMSNorm(RMSNorm):
         return (self.wide(x) * torch.sigmoid(at_least_float32(gate))).to(gate.dtype)
 
 
-def result_dtype(x: Tensor, dtype: torch.dtype) -> torch.dtype:
-    """That of RMSNorm of what has this dtype, where x is: the same, or autocast's in place of float32."""
-    kind = x.device.type
+def result_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
+    """The dtype of RMSNorm of numbers of this dtype: the same, or autocast's in place of float32."""
+    kind = device.type
     return torch.get_autocast_dtype(kind) if dtype == torch.float32 and torch.is_autocast_enabled(kind) else dtype
 
 
